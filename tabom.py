@@ -1,0 +1,951 @@
+# SPDX-License-Identifier: MIT
+"""TABOM in one file: teach a masked diffusion language model the order in which it decodes.
+
+Such a model is trained on uniformly random masks but decodes from easy to hard, so training and
+inference visit different states.  TABOM (arXiv 2605.11854; this file is unofficial) closes the gap:
+
+    1. pretrain a denoiser by the book: hide random tokens, predict them           (Eq. 1)
+    2. let it answer queries of a new domain, and record when each position was
+       revealed: a trajectory                                                      (Eq. 2, Def. 1)
+    3. keep the trajectories whose answer a checker accepts
+    4. replay a state of a trajectory, train on the tokens that came next          (Eq. 9, term 1)
+    5. and rank: what was revealed earlier should have the lower entropy           (Eq. 7-8)
+
+    python tabom.py --demo            all of it on synthetic arithmetic, against five other arms
+    python tabom.py --demo --quick    the same chain in about a minute, only to see that it runs
+
+Sections 2-9 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
+Sections 10-16 are a small model, one training loop and the demo.
+
+Shapes: B sequences, L prompt tokens, N response tokens, V vocabulary, D width.  Entropies in nats.
+Simplified: 0.3 million parameters, arithmetic for language; all weights are fine-tuned (paper:
+LoRA); the entropies of a window come from one forward pass at the cut (Eq. 5: one pass each).
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+# == 1. Configuration of the demo ==================================================================
+
+@dataclass(frozen=True)
+class Config:
+    """Each setting with its reason, and the paper's value where it has one."""
+    new_domain: str = "blank"         # what the base lacks: "blank" the order, "mul" the skill
+    # the base
+    layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
+    width: int = 96
+    heads: int = 4
+    pretrain_updates: int = 3000      # until the old domains are nearly perfect
+    pretrain_batch: int = 128
+    pretrain_learning_rate: float = 3e-3
+    # self-distillation
+    queries: int = 48000              # asked in turn, over and over (paper: 12K and 17K)
+    tries: int = 1                    # rollouts per query at most, until a valid one (paper: 1)
+    collect_order: str = "random"     # lets the checker select *orders*: in entropy order almost no
+                                      # rollout shows the right one (paper: "entropy")
+    collect_temperature: float = 1.0  # explores the tokens (paper: low)
+    rollout_filter: str = "working"   # every written line must be right; "answer" reads no working
+                                      # (paper); a control: "none" keeps wrong answers too
+    reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
+    # fine-tuning, the same for every arm
+    updates: int = 400                # (paper: 5 epochs)
+    batch_size: int = 64              # (paper: 32)
+    learning_rate: float = 1e-4       # (paper: 2e-5, LoRA)
+    warmup: int = 20                  # updates (paper: 50)
+    # trajectory masking and TABOM
+    window_size: int = 13             # all: the order to learn is the first tokens against the rest
+                                      # (paper: 32 of 256)
+    margin: float = 1.0               # gamma, nats (paper: 0.1 to 0.3)
+    rank_weight: float = 4.0          # lambda (paper: 1 and 2)
+    # evaluation
+    split: str = "test"               # "validation" for tuning
+    test_problems: int = 400          # per domain at most
+    samples: int = 32                 # answers per problem of the new domain: blank has 30 problems
+    temperature: float = 1.0          # of those answers; the old domains are answered greedily
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, str) and value not in CHOICES[name]:
+                raise DemoError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}.")
+            if not isinstance(value, str) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+                raise DemoError(f"{name} must be positive, not {value}.")
+        if self.width % self.heads:
+            raise DemoError(f"width {self.width} must be a multiple of heads {self.heads}.")
+
+
+class DemoError(Exception):
+    """Something the user of the demo can mend, in one sentence."""
+
+
+CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer", "none"),
+           "collect_order": ("entropy", "confidence", "margin", "random"),
+           "reference_hand": ("own", "other"), "split": ("validation", "test")}
+MAY_BE_ZERO = ("collect_temperature", "margin", "rank_weight", "temperature")
+# What is different when multiplication itself is the new domain, and in a --quick run.
+MUL = dict(queries=4000, tries=8, collect_order="entropy", window_size=4, margin=0.2,
+           rank_weight=1.0, test_problems=1200, samples=1, temperature=0.0)
+QUICK = dict(pretrain_updates=150, queries=200, rollout_filter="none", updates=20,
+             test_problems=20, samples=2)
+
+
+# == 2. The state: one integer per position ========================================================
+# A trajectory is a response and, for each position, the rank at which it was revealed.  That one
+# integer gives back every state the decoder passed through; no masks need to be stored.
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Decoded responses that remember the order in which they were written (Def. 1).
+
+    prompt      (B, L) int64
+    response    (B, N) int64
+    decode_rank (B, N) int64: 0 = revealed first = easiest; in each row a permutation of 0 .. n-1
+                over the n positions that were decoded, and -1 where the token was given beforehand
+    entropy     (B, N) float32, nats, of each position just before it was revealed; 0 where given
+    """
+    prompt: Tensor
+    response: Tensor
+    decode_rank: Tensor
+    entropy: Tensor
+
+    def __getitem__(self, rows):
+        """Rows by boolean mask, index tensor or slice."""
+        return Trajectories(*(field[rows] for field in vars(self).values()))
+
+    def __len__(self):
+        return len(self.response)
+
+    def to(self, device):
+        return Trajectories(*(field.to(device) for field in vars(self).values()))
+
+    @property
+    def n_decoded(self):
+        """(B,) n: all N positions less those that were given."""
+        return (self.decode_rank >= 0).sum(1)
+
+
+def segment_masks(decode_rank, n_visible, window_size):
+    """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
+
+    decode_rank (B, N); n_visible and window_size: an int, or (B,) with one value per row.
+    visible is U_t, masked M_t, and window Delta: the next `window_size` ranks, fewer at the
+    end of a response, so that every rank, the last one included, falls into some window.
+    """
+    n_visible, window_size = (torch.as_tensor(value, device=decode_rank.device).reshape(-1, 1)
+                              for value in (n_visible, window_size))     # (B, 1) or (1, 1)
+    visible = decode_rank < n_visible
+    masked = ~visible
+    window = masked & (decode_rank < n_visible + window_size)
+    return visible, masked, window
+
+
+def response_logits(model, prompt, x_t, mask_id):
+    """The one seam to a model: its logits (B, N, V) for the response in the state x_t (B, N).
+
+    If the vocabulary has an entry for [MASK], it is banned: no response contains it.
+    """
+    logits = model(torch.cat([prompt, x_t], 1))[:, prompt.shape[1]:]     # (B, N, V)
+    if mask_id < logits.shape[-1]:
+        is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+        logits = logits.masked_fill(is_mask, -torch.inf)
+    return logits
+
+
+def mean_over_rows(values, chosen):
+    """(B, N) -> scalar: mean over the chosen positions of a row (0 without any), then over rows."""
+    return (torch.where(chosen, values, 0).sum(1) / chosen.sum(1).clamp(min=1)).mean()
+
+
+def draw_below(limit, generator):
+    """(B,) limits -> (B,) int64, each uniform over 0 .. limit-1."""
+    return (torch.rand(limit.shape, generator=generator, device=limit.device) * limit).long()
+
+
+# == 3. Predictive entropy: how unsure the model is of a position ==================================
+# The quantity behind everything here: the decoder sorts by it, the ranking loss compares it, the
+# discrimination score is its spread.
+
+def predictive_entropy(logits):
+    """H = -sum_v p(v) log p(v) over the whole vocabulary: (..., V) -> (...) float32, nats.
+
+    An entry of -inf is a banned token and contributes exactly 0, also to the gradient.
+    """
+    log_p = logits.float().log_softmax(-1)
+    log_p = log_p.clamp(min=torch.finfo(torch.float32).min)              # 0 * -inf would be nan
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+# == 4. Decode from easy to hard, and remember the order (Eq. 2, Def. 1) ===========================
+# Start fully masked.  At each step ask the model about every masked position and write the surest
+# ones.  Noting the rank of each position is all it takes to record a trajectory.
+
+ORDERS = ("entropy", "confidence", "margin", "random")
+
+
+def difficulty(logits, entropy, order, generator):
+    """(B, N, V), (B, N) -> (B, N): what is lower is revealed sooner.  For `order` see `decode`."""
+    if isinstance(order, Tensor):
+        return order.to(entropy).expand_as(entropy)
+    if order == "entropy":
+        return entropy
+    if order == "random":
+        return torch.rand(entropy.shape, generator=generator, device=entropy.device)
+    best, second = logits.float().softmax(-1).topk(2).values.unbind(-1)
+    return -best if order == "confidence" else second - best
+
+
+def pick_tokens(logits, temperature, generator):
+    """(n, V) -> (n,): the likeliest tokens, or samples if the temperature is above 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
+
+def rank_in_row(values):
+    """(B, N) -> (B, N) int64: 0 for the smallest of a row; of equal ones the leftmost is first."""
+    return values.argsort(dim=1, stable=True).argsort(dim=1)
+
+
+@torch.no_grad()
+def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_per_step=1,
+           temperature=0.0, block_length=None, generator=None, given=None):
+    """Answer prompts (B, L) -> `Trajectories` with responses of `response_length` = N tokens.
+
+    order            what counts as easy: the lowest "entropy" (Eq. 2), the highest top probability
+                     ("confidence"), the largest gap between the top two ("margin"), "random", or a
+                     tensor (N,) that fixes the order, lowest first.  Of equal ones the leftmost.
+    tokens_per_step  positions revealed per forward pass, ranked among themselves by entropy
+    temperature      0 is greedy.  It changes which token is written, never which position is easy.
+    block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
+    generator        seeds sampling and the random order; on the device of the prompt
+    given            (B, N) int64, for infilling: tokens that stay, and `mask_id` where to decode
+    Raises ValueError for a setting out of range, and for a model that returns nan.
+    """
+    if not isinstance(order, Tensor) and order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)} or a tensor, not {order!r}.")
+    for name, value in (("response_length", response_length), ("tokens_per_step", tokens_per_step),
+                        ("block_length", block_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}.")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, not {temperature}.")
+    if (prompt == mask_id).any():
+        raise ValueError(f"the prompt contains mask_id ({mask_id}): only responses can be masked.")
+    shape, device = (len(prompt), response_length), prompt.device
+    if given is not None and given.shape != shape:
+        raise ValueError(f"given must have shape {shape}, not {tuple(given.shape)}.")
+
+    response = prompt.new_full(shape, mask_id) if given is None else given.clone()
+    masked = response == mask_id                 # kept as a boolean from here on
+    decode_rank = torch.full_like(response, -1)
+    entropy_at_reveal = torch.zeros(shape, device=device)
+    block = torch.arange(response_length, device=device) // (block_length or response_length)
+    while masked.any():
+        logits = response_logits(model, prompt, response, mask_id)       # (B, N, V)
+        entropy = predictive_entropy(logits)                             # (B, N)
+        if not entropy.isfinite().all():
+            raise ValueError("the model returned nan or infinite logits: nothing is the easiest.")
+        current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
+        candidates = masked & (block == current_block)
+        score = difficulty(logits, entropy, order, generator)
+        easiest = rank_in_row(score.masked_fill(~candidates, torch.inf)) < tokens_per_step
+        chosen = candidates & easiest                                    # Eq. 2
+        response[chosen] = pick_tokens(logits[chosen], temperature, generator)
+
+        n_visible = decode_rank.amax(1, keepdim=True) + 1                # revealed before this step
+        rank_in_step = rank_in_row(entropy.masked_fill(~chosen, torch.inf))
+        decode_rank = torch.where(chosen, n_visible + rank_in_step, decode_rank)
+        entropy_at_reveal = torch.where(chosen, entropy, entropy_at_reveal)
+        masked = masked & ~chosen
+    return Trajectories(prompt, response, decode_rank, entropy_at_reveal)
+
+
+# == 5. Training by the book: uniform masking (Eq. 1) ==============================================
+# Hide a random share of the response and predict it.  Any set of positions may be visible, but the
+# decoder above only visits the few easy-to-hard ones.  This is the gap that TABOM closes.
+
+def token_nll(logits, response):
+    """-log p of each token: (B, N, V), (B, N) -> (B, N) float32, nats."""
+    return F.cross_entropy(logits.float().transpose(1, 2), response, reduction="none")
+
+
+def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
+    """Eq. 1: mean over the masked positions of a row, then over rows; ranks are not used.
+
+    Each row draws a mask ratio from 0 .. 1, unless `mask_ratio` sets it for all, and masks each
+    of its decoded positions with that probability, but at least one.  Returns loss, metrics.
+    """
+    response, decoded = trajectories.response, trajectories.decode_rank >= 0
+    ratio = torch.rand(len(response), 1, generator=generator, device=response.device)
+    draw = torch.rand(response.shape, generator=generator, device=response.device)
+    draw = draw.masked_fill(~decoded, torch.inf)
+    ratio = ratio if mask_ratio is None else torch.full_like(ratio, mask_ratio)
+    masked = decoded & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
+    x_t = response.masked_fill(masked, mask_id)
+    logits = response_logits(model, trajectories.prompt, x_t, mask_id)   # (B, N, V)
+    loss = mean_over_rows(token_nll(logits, response), masked)           # Eq. 1
+    return loss, {"nll": loss.detach()}
+
+
+# == 6. The ranking loss (Eq. 7-8) =================================================================
+# Ideally the model visits a state with probability proportional to exp(-beta * entropy of what it
+# shows).  Fitting that needs a partition function.  Comparing two states that differ in one token
+# does not: if r was revealed before s, the model should be surer of r than of s (Lemma 1).
+
+def pairwise_rank_loss(entropy, decode_rank, window, margin):
+    """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
+
+    entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma, absorbs beta) nats.
+    A pair (r, s) has r revealed before s; a row with fewer than two window positions counts 0.
+    Returns loss and pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
+    """
+    if not entropy.shape == decode_rank.shape == window.shape:
+        shapes = [tuple(tensor.shape) for tensor in (entropy, decode_rank, window)]
+        raise ValueError(f"entropy, decode_rank, window must have one shape (B, N), not {shapes}.")
+    if margin < 0:
+        raise ValueError(f"margin must be 0 nats or more, not {margin}.")
+    pairs = window[:, :, None] & window[:, None, :]                      # (B, N, N)
+    pairs &= decode_rank[:, :, None] < decode_rank[:, None, :]           # pairs[b, easier, harder]
+    excess = entropy[:, :, None] - entropy[:, None, :]                   # h(r) - h(s), wanted < 0
+    loss = mean_over_rows((excess + margin).relu().flatten(1), pairs.flatten(1))      # Eq. 8
+    pair_accuracy = ((excess < 0) & pairs).sum() / pairs.sum().clamp(min=1)
+    return loss, pair_accuracy
+
+
+# == 7. TABOM (Eq. 9) ==============================================================================
+# Replay a recorded state: show exactly what had been revealed before a random cut.  Then teach two
+# things about the tokens that came next: *what* they are, and *in which order* they came.
+
+def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, margin, rank_weight,
+               n_visible=None):
+    """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss; means as above.
+
+    n_visible (B,): where to cut each trajectory; by default drawn from 0 .. n-1.
+    Returns loss, metrics.
+    """
+    response, decode_rank = trajectories.response, trajectories.decode_rank
+    if n_visible is None:
+        n_visible = draw_below(trajectories.n_decoded, generator)
+    visible, masked, window = segment_masks(decode_rank, n_visible, window_size)
+    x_t = response.masked_fill(masked, mask_id)
+    logits = response_logits(model, trajectories.prompt, x_t, mask_id)   # (B, N, V)
+    nll = mean_over_rows(token_nll(logits, response), window)
+    entropy = predictive_entropy(logits)         # all at the cut; Eq. 5: one pass for each
+    rank_loss, pair_accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin)
+    loss = nll + rank_weight * rank_loss                                 # Eq. 9
+    return loss, {"nll": nll.detach(), "rank_loss": rank_loss.detach(),
+                  "pair_accuracy": pair_accuracy}
+
+
+# == 8. The rival arms =============================================================================
+# Each is one function of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions
+# and on the model's own valid responses.
+
+def trajectory_loss(model, trajectories, *, mask_id, generator=None, window_size, n_visible=None):
+    """Trajectory masking: Eq. 9 with lambda = 0, what comes next but not in which order."""
+    return tabom_loss(model, trajectories, mask_id=mask_id, generator=generator, margin=0.0,
+                      rank_weight=0.0, window_size=window_size, n_visible=n_visible)
+
+
+def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
+    """dInfer (arXiv 2510.08666): show a state, supervise all that is revealed until a later one.
+
+    times: (start, end), each (B,), the tokens visible in the two states; by default two different
+    numbers from 0 .. n, every pair equally likely.  Returns loss, metrics.
+    """
+    if times is None:
+        n = trajectories.n_decoded
+        one = draw_below(n + 1, generator)
+        other = (one + 1 + draw_below(n, generator)) % (n + 1)           # any number but `one`
+        times = torch.minimum(one, other), torch.maximum(one, other)
+    start, end = times
+    return trajectory_loss(model, trajectories, mask_id=mask_id, n_visible=start,
+                           window_size=end - start)
+
+
+def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
+    """T3D (arXiv 2602.12262): prefer the recorded tokens x0 to y^, what a reference would write.
+
+    With l(y) = mean log p(y) over the masked tokens of a random cut, and L_path = the sum of their
+    -log p(x0), weighted from 1 for the next one linearly down to 1/n_masked for the last:
+    L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path.
+    reference: a model, as `model`; see `LaggedCopy`.  Returns loss, metrics.
+    """
+    prompt, response, n_decoded = trajectories.prompt, trajectories.response, trajectories.n_decoded
+    n_visible = draw_below(n_decoded, generator)
+    _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
+    x_t, n_masked = response.masked_fill(masked, mask_id), n_decoded - n_visible
+    logits = response_logits(model, prompt, x_t, mask_id)                # (B, N, V)
+    with torch.no_grad():
+        reference_logits = response_logits(reference, prompt, x_t, mask_id)
+
+    def log_ratio(y):                                                    # l(y) - l_ref(y), (B,)
+        difference = token_nll(reference_logits, y) - token_nll(logits, y)
+        return torch.where(masked, difference, 0).sum(1) / n_masked
+
+    rejected = reference_logits.argmax(-1)                               # y^
+    preference = -F.logsigmoid(b * log_ratio(response)) - a * F.logsigmoid(-b * log_ratio(rejected))
+    path_weight = (n_decoded[:, None] - trajectories.decode_rank) / n_masked[:, None]
+    path = torch.where(masked, path_weight * token_nll(logits, response), 0).sum(1)
+    loss = (preference + c * path).mean()
+    return loss, {"preference": preference.mean().detach(), "path": path.mean().detach()}
+
+
+class LaggedCopy:
+    """A frozen copy of a model that catches up every `every` calls: the reference of T3D."""
+
+    def __init__(self, model, every=10):
+        self.model, self.copy, self.every, self.calls = model, copy.deepcopy(model), every, 0
+
+    @torch.no_grad()
+    def __call__(self, tokens):
+        if self.calls % self.every == 0:
+            self.copy.load_state_dict(self.model.state_dict())
+        self.calls += 1
+        return self.copy(tokens)
+
+
+# == 9. Trajectory discrimination score (Eq. 10-11) ================================================
+# How well a state tells easy from hard: the variance of the entropies of what is still masked.  A
+# model equally unsure of every position scores 0 and might as well decode at random.
+
+def trajectory_discrimination_score(entropy, masked):
+    """Eq. 10: population variance over masked positions: (B, N), (B, N) bool -> (B,), nats squared.
+
+    0 for a state with fewer than two masked positions.
+    """
+    count = masked.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(masked, entropy, 0).sum(1, keepdim=True) / count
+    return (torch.where(masked, entropy - mean, 0) ** 2).sum(1) / count.squeeze(1)
+
+
+@torch.no_grad()
+def replay(model, trajectories, *, mask_id):
+    """Yield x_t, masked and entropy, each (B, N), of the states with 0, 1, .. N tokens revealed."""
+    for n_visible in range(trajectories.response.shape[1] + 1):
+        _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
+        x_t = trajectories.response.masked_fill(masked, mask_id)
+        logits = response_logits(model, trajectories.prompt, x_t, mask_id)
+        yield x_t, masked, predictive_entropy(logits)
+
+
+def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
+    """Score of each state of recorded trajectories -> score (B, N+1), counted (B, N+1) bool.
+
+    Column k has k tokens revealed.  A state counts if it masks two positions or more; with
+    `eos_id`, positions behind an end token that is already written are left out.
+    The curve is the mean of each column over counted rows, Eq. 11 the mean over all counted states.
+    """
+    scores, counted = [], []
+    for x_t, masked, entropy in replay(model, trajectories, mask_id=mask_id):
+        if eos_id is not None:
+            masked = masked & ((x_t == eos_id).cumsum(1) == 0)
+        scores.append(trajectory_discrimination_score(entropy, masked))
+        counted.append(masked.sum(1) >= 2)
+    return torch.stack(scores, 1), torch.stack(counted, 1)
+
+
+# == 10. The denoiser ==============================================================================
+# A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
+
+class Denoiser(nn.Module):
+    """tokens (B, L+N) int64 -> logits (B, L+N, V).  [MASK] is token V, an input without output."""
+
+    def __init__(self, vocabulary_size, length, layers, width, heads):
+        super().__init__()
+        self.token = nn.Embedding(vocabulary_size + 1, width)
+        self.position = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu",
+                                       batch_first=True, norm_first=True) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary_size, bias=False)
+        for weight in self.parameters():
+            if weight.dim() > 1:                 # GPT-2's 0.02 suits a width of 2500, not of 96
+                nn.init.normal_(weight, std=width ** -0.5)
+
+    def forward(self, tokens):
+        x = self.token(tokens) + self.position.weight[:tokens.shape[1]]  # (B, L+N, D)
+        for block in self.blocks:
+            x = block(x)                         # attends to both sides: there is no causal mask
+        return self.head(self.norm(x))                                   # (B, L+N, V)
+
+
+# == 11. One training loop for pretraining and for every arm =======================================
+
+def random_stream(seed, purpose, device="cpu"):
+    """A generator for each (seed, purpose): one never shifts another, so arms are paired."""
+    purposes = ("batches", "masks", "collect", "references", "evaluate")
+    return torch.Generator(device).manual_seed(len(purposes) * seed + purposes.index(purpose))
+
+
+def progress(steps, label):
+    """A bar on stderr for what takes longer than two seconds, if it is a terminal."""
+    return tqdm(steps, desc=label, leave=False, delay=2, disable=None)
+
+
+def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, seed, label,
+          weight=None):
+    """AdamW with warm-up, cosine decay, clipping; in place.  weight (n,): odds of drawing a row."""
+    device = data.response.device
+    batches, masks = random_stream(seed, "batches"), random_stream(seed, "masks", device)
+    weight = torch.ones(len(data)) if weight is None else weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(
+        (update + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * update / updates)))
+    model.train()
+    for _ in progress(range(updates), label):
+        rows = torch.multinomial(weight, batch_size, replacement=True, generator=batches).to(device)
+        loss, _ = loss_fn(model, data[rows], mask_id=toy_data.MASK_ID, generator=masks)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+# == 12. Self-distillation and the arms ============================================================
+# The base answers the queries of the new domain and a checker keeps the right answers: that is all
+# the data there is.  SFT-GT gets a reference solution for the query of every kept answer instead.
+
+ARMS = ("SFT-GT", "SFT-SD", "dInfer", "T3D", "trajectory", "TABOM")
+
+
+def arm_loss(arm, model, config):
+    """The loss function of an arm: except for the data of SFT-GT, all in which arms differ."""
+    return {
+        "SFT-GT": nelbo_loss,
+        "SFT-SD": nelbo_loss,
+        "dInfer": dinfer_loss,
+        "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
+        "trajectory": partial(trajectory_loss, window_size=config.window_size),
+        "TABOM": partial(tabom_loss, window_size=config.window_size, margin=config.margin,
+                         rank_weight=config.rank_weight),
+    }[arm]
+
+
+def concatenate(parts):
+    return Trajectories(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
+
+
+def unranked(prompt, response, given):
+    """Solutions as Trajectories.  Nobody decoded them, so their ranks just count from the left."""
+    decode_rank = torch.where(given, -1, (~given).cumsum(1) - 1)
+    return Trajectories(prompt, response, decode_rank, torch.zeros_like(response).float())
+
+
+def answer(model, domain, problems, generator, **settings):
+    """Decode problems (n, 2) -> Trajectories, correct (n,) bool.  Settings as in `decode`."""
+    parts = []
+    for some in progress(problems.split(1000), f"decoding {domain}"):
+        prompt, response, given = toy_data.write_solutions(domain, *some.unbind(1))
+        template = response.masked_fill(~given, toy_data.MASK_ID)
+        parts.append(decode(model, prompt, response.shape[1], mask_id=toy_data.MASK_ID,
+                            given=template, generator=generator, **settings))
+    answers = concatenate(parts)
+    return answers, toy_data.is_correct(domain, answers.prompt, answers.response)
+
+
+def self_distil(base, problems, config, seed):
+    """Def. 1 -> distilled and reference Trajectories, row by row of one query; rollouts made."""
+    queries = problems.repeat(-(-config.queries // len(problems)), 1)[:config.queries]
+    generator = random_stream(seed, "collect", problems.device)
+    n_rollouts, kept, asked = 0, [], []
+    for _ in range(config.tries):                # each time the queries without a valid answer yet
+        rollouts, correct = answer(base, config.new_domain, queries, generator,
+                                   temperature=config.collect_temperature,
+                                   order=config.collect_order)
+        working = toy_data.working_is_right(config.new_domain, rollouts.prompt, rollouts.response)
+        keep = {"working": correct & working, "answer": correct,
+                "none": torch.ones_like(correct)}[config.rollout_filter]
+        kept, asked = [*kept, rollouts[keep]], [*asked, queries[keep]]
+        n_rollouts, queries = n_rollouts + len(queries), queries[~keep]
+        if not len(queries):
+            break
+    distilled, asked = concatenate(kept), torch.cat(asked)
+    if len(distilled) < 16:
+        raise DemoError(f"only {len(distilled)} of {n_rollouts} rollouts are valid, too few to "
+                        "train on: raise pretrain_updates or queries with --set.")
+    if config.new_domain == "blank":             # the author of a reference picks any factor
+        picks = torch.randint(10, 100, (len(asked),), generator=random_stream(seed, "references"))
+        asked = torch.stack([asked[:, 0], picks.to(asked.device)], 1)
+    reference = toy_data.write_solutions(config.new_domain, *asked.unbind(1), config.reference_hand)
+    return distilled, unranked(*reference), n_rollouts
+
+
+# == 13. Evaluation ================================================================================
+# Always the last checkpoint and every test problem.  blank has few prompts and many right answers:
+# each prompt is sampled many times, and accuracy is kept per problem, to compare arms in pairs.
+
+def percent(correct):
+    return 100 * correct.float().mean().item()
+
+
+def ask(model, domain, problems, config, seed, **settings):
+    """Test problems -> Trajectories, correct: sampled in the new domain, greedy in the old ones."""
+    temperature = 0.0
+    if domain == config.new_domain:
+        problems, temperature = problems.repeat_interleave(config.samples, 0), config.temperature
+    return answer(model, domain, problems, random_stream(seed, "evaluate", problems.device),
+                  temperature=temperature, **settings)
+
+
+def evaluate(model, tests, held_out, config, seed):
+    """All figures of one model, and its answers (Trajectories, correct) in the new domain."""
+    new = config.new_domain
+    answers, correct = ask(model, new, tests[new], config, seed)
+    two_tokens = ask(model, new, tests[new], config, seed, tokens_per_step=2)[1]
+    best_order = ask(model, new, tests[new], config, seed, order=toy_data.BEST_ORDER)[1]
+    old = {domain: percent(ask(model, domain, problems, config, seed)[1])
+           for domain, problems in tests.items() if domain != new}
+    score, counted = discrimination_curve(model, answers, mask_id=toy_data.MASK_ID)
+    curve = (score * counted).sum(0) / counted.sum(0)                    # nan where no state counts
+    with torch.no_grad():
+        _, metrics = trajectory_loss(
+            model, held_out, mask_id=toy_data.MASK_ID, window_size=config.window_size,
+            generator=random_stream(seed, "masks", held_out.response.device))
+    figures = {
+        "new": percent(correct), **old, "old": sum(old.values()) / len(old),
+        "2 tok": percent(two_tokens), "TDS": score[counted].mean().item(),
+        "pairs": 100 * metrics["pair_accuracy"].item(),
+        "gap": percent(best_order) - percent(correct),
+        "factors": len(toy_data.read_number(answers.response[:, toy_data.FACTOR]).unique()),
+        "TDS curve": curve[counted.any(0)].tolist(),
+        "per problem": [percent(samples) for samples in correct.split(config.samples)]}
+    return figures, (answers, correct)
+
+
+def compare(arm, rival):
+    """Paired difference in the new domain: mean, 95 % bootstrap interval over test problems."""
+    difference = np.subtract(arm["per problem"], rival["per problem"])
+    draws = np.random.default_rng(0).integers(len(difference), size=(4000, len(difference)))
+    return difference.mean(), *np.quantile(difference[draws].mean(1), (0.025, 0.975))
+
+
+# == 14. What the demo prints ======================================================================
+
+CHANGE = "{:+.1f} [{:+.1f}, {:+.1f}]"
+EXPLANATION = """\
+    new      right answers in the new domain; change: against No-SFT, paired over test problems
+    old      mean of the old domains; change: what was forgotten
+    2 tok    new, with two tokens written per step
+    TDS      variance of the entropies of what is still masked, nats²: is easy told from hard?
+    pairs    held-out window pairs whose entropies are in reveal order; chance is 50
+    gap      best order minus entropy order, new domain: what a better order could still bring
+    factors  different second factors written: a collapse to a few safe ones is no gain
+    In percent but for TDS and factors.  Higher is better but for gap.
+"""
+
+
+def say(text=""):
+    print(text, flush=True)
+
+
+def show(header, rows):
+    """A table: numbers with one decimal, unless they come as text."""
+    lines = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
+             for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for name, *cells in lines:
+        say("    " + "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+
+
+def show_results(results):
+    """One seed: a row per arm."""
+    base, rows = results["No-SFT"], []
+    old = [domain for domain in toy_data.DOMAINS if domain in base]
+    for arm, row in results.items():
+        change = CHANGE.format(*compare(row, base)) if arm != "No-SFT" else ""
+        rows.append([arm, row["new"], change, *(row[domain] for domain in old), row["old"],
+                     f"{row['old'] - base['old']:+.1f}", row["2 tok"], f"{row['TDS']:.2f}",
+                     row["pairs"], row["gap"], row["factors"]])
+    show(["arm", "new", "change [95 % interval]", *old, "old", "change", "2 tok", "TDS", "pairs",
+          "gap", "factors"], rows)
+
+
+def show_summary(runs):
+    """Several seeds: mean and standard deviation; TABOM minus each arm, paired within a seed."""
+    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors")
+    figures = {arm: np.array([[results[arm][name] for name in names] for results in runs])
+               for arm in runs[0]}               # (seeds, names)
+    differences = {f"TABOM - {arm}": figures["TABOM"] - rows for arm, rows in figures.items()
+                   if arm != "TABOM"} if "TABOM" in figures else {}
+    say(f"\nMean ± standard deviation of {len(runs)} seeds; differences are paired within a seed")
+    show(["arm", *names], [[arm, *map("{:.2f} ± {:.2f}".format, rows.mean(0), rows.std(0, ddof=1))]
+                           for arm, rows in {**figures, **differences}.items()])
+
+
+def show_differences(base, tuned):
+    """In words: three problems that the base got wrong and TABOM right, and one the other way."""
+    (before, was_right), (after, is_right) = base, tuned
+    for rows, count in ((~was_right & is_right, 3), (was_right & ~is_right, 1)):
+        rows = rows.nonzero()[:, 0].tolist()
+        for row in rows[::max(1, len(rows) // count)][:count]:
+            for name, one in (("base ", before[row]), ("TABOM", after[row])):
+                say(f"    {name} {toy_data.in_words(one.prompt, one.response, one.decode_rank)}")
+            say()
+
+
+def judge(results, own_nll, reference_nll):
+    """What the paper promises, judged by the figures of one run: [(claim, held)]."""
+    base, tabom = results["No-SFT"], results.get("TABOM")
+    claims = [("references are less likely to the base than its own responses at all mask ratios",
+               all(own < other for own, other in zip(own_nll, reference_nll)))]
+    if "SFT-GT" in results:
+        lost = base["old"] - results["SFT-GT"]["old"]
+        claims.append((f"SFT-GT forgets 15 points or more ({lost:.1f})", lost >= 15))
+    if tabom:
+        lost = base["old"] - tabom["old"]
+        claims.append((f"TABOM forgets 2 points or less ({lost:.1f})", lost <= 2))
+    for arm in [arm for arm in results if tabom and arm != "TABOM"]:
+        gain, low, high = compare(tabom, results[arm])
+        change = CHANGE.format(gain, low, high)
+        claims.append((f"TABOM is ahead of {arm} ({change})", bool(low > 0)))
+        if arm in ("No-SFT", "SFT-SD"):
+            raised = tabom["TDS"] - results[arm]["TDS"]
+            claims.append((f"TABOM raises TDS over {arm} ({raised:+.2f})", raised > 0))
+    return claims
+
+
+# == 15. The demo ==================================================================================
+
+def pretrained(config, seed, splits, device, bases):
+    """The base of a seed: from `bases` {seed: weights} if it is there, else trained and added."""
+    torch.manual_seed(seed)                      # the initial weights
+    model = Denoiser(len(toy_data.VOCABULARY), toy_data.PROMPT_LENGTH + toy_data.RESPONSE_LENGTH,
+                     config.layers, config.width, config.heads).to(device)
+    if seed in bases:
+        model.load_state_dict(bases[seed])
+        return model.eval()
+    *corpus, weight = toy_data.pretraining_corpus(config.new_domain, splits)
+    train(model, unranked(*corpus).to(device), nelbo_loss, updates=config.pretrain_updates,
+          batch_size=config.pretrain_batch, learning_rate=config.pretrain_learning_rate, warmup=100,
+          seed=seed, label="pretraining", weight=weight)
+    bases[seed] = model.state_dict()
+    return model
+
+
+def run_seed(config, seed, arms, device, bases):
+    """The whole chain once -> every figure of the run; the weights of the TABOM model or None."""
+    started, new, mask_id = time.time(), config.new_domain, toy_data.MASK_ID
+
+    def stage(title):
+        say(f"\n[{time.time() - started:4.0f} s] {title}")
+
+    stage(f"Seed {seed}. Pretrain the base by the book (Eq. 1): {config.pretrain_updates} updates"
+          + " (kept in the base file)" * (seed in bases))
+    splits = toy_data.split_problems(new, seed)
+    base = pretrained(config, seed, splits, device, bases)
+    tests = {domain: parts[config.split][:config.test_problems].to(device)
+             for domain, parts in splits.items()}
+
+    stage("Why order matters: right answers of the base in percent, by order of decoding")
+    orders = {"entropy": "entropy", "random": "random", "left to right": toy_data.LEFT_TO_RIGHT,
+              "best": toy_data.BEST_ORDER}
+    rows = [[domain, *(percent(ask(base, domain, problems, config, seed, order=order)[1])
+                       for order in orders.values())] for domain, problems in tests.items()]
+    show(["domain", *orders, "order gap"], [[*row, row[-1] - row[1]] for row in rows])
+    say("    best: factor, working, answer from its last digit; order gap: best minus entropy\n"
+        f"    new is {new}: {toy_data.WHAT_IS_NEW[new]}")
+
+    stage("A trajectory: the base decodes from easy to hard (Eq. 2), the working before the answer")
+    trajectory, _ = answer(base, "mul", tests["mul"][:1], None)
+    styled = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    states = list(replay(base, trajectory, mask_id=mask_id))[:trajectory.n_decoded + 1]
+    for step, (x_t, _, entropy) in enumerate(states):
+        say(f"    step {step:2}   " + toy_data.draw_state(
+            trajectory.prompt[0], x_t[0], trajectory.decode_rank[0], entropy[0], step, styled))
+    say("    marked: just written; shades: entropy of what is masked, in steps of 0.5 nats")
+
+    stage(f"Self-distillation (Def. 1): {config.queries} queries, {config.collect_order} order")
+    queries = splits[new]["query"].to(device)
+    distilled, reference, n_rollouts = self_distil(base, queries, config, seed)
+    training = torch.arange(len(distilled), device=device) % 8 > 0       # every eighth is held out
+    say(f"    {n_rollouts} rollouts, {len(distilled)} kept, {training.sum()} of them for training\n"
+        "    how unlikely responses are to the base: nats per masked token, by share (Fig. 3)")
+    ratios = [ratio / 10 for ratio in range(1, 10)]
+    with torch.no_grad():
+        own_nll, reference_nll = (
+            [nelbo_loss(base, data[~training], mask_id=mask_id, mask_ratio=ratio,
+                        generator=random_stream(seed, "masks", device))[0].item()
+             for ratio in ratios] for data in (distilled, reference))
+    show(["masked", *ratios], [["self-distilled", *map("{:.2f}".format, own_nll)],
+                               ["reference", *map("{:.2f}".format, reference_nll)]])
+
+    stage(f"Fine-tune: same base, same batch order, {config.updates} updates, last checkpoint")
+    results, answers, tuned = {}, {}, None
+    for arm in ("No-SFT", *arms):
+        model = copy.deepcopy(base)
+        if arm in arms:
+            data = reference if arm == "SFT-GT" else distilled
+            train(model, data[training], arm_loss(arm, model, config), updates=config.updates,
+                  batch_size=config.batch_size, learning_rate=config.learning_rate,
+                  warmup=config.warmup, seed=seed, label=arm)
+        results[arm], answers[arm] = evaluate(model, tests, distilled[~training], config, seed)
+        tuned = model.state_dict() if arm == "TABOM" else tuned
+        say(f"    {arm:10}  new {results[arm]['new']:5.1f}  old {results[arm]['old']:5.1f}")
+
+    stage("The table")
+    say(EXPLANATION)
+    show_results(results)
+    stage("TDS by decoding step, from everything masked to two masked positions")
+    shown = [arm for arm in ("No-SFT", "SFT-SD", "TABOM") if arm in results]
+    top = max(max(results[arm]["TDS curve"]) for arm in shown)
+    for arm in shown:
+        heights = [int(7.99 * score / top) for score in results[arm]["TDS curve"]]
+        blocks = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
+        say(f"    {arm:10}  {blocks}  █ is {top:.2f}")
+    if "TABOM" in arms:
+        stage("Three answers that the base got wrong and TABOM right, then one the other way")
+        show_differences(answers["No-SFT"], answers["TABOM"])
+    stage("What this run shows (one seed: figures, no proof)")
+    claims = judge(results, own_nll, reference_nll)
+    for claim, held in claims:
+        say(f"    {'held        ' if held else 'did NOT hold'}  {claim}")
+    return {"arms": results, "mask ratios": ratios, "self-distilled nll": own_nll,
+            "reference nll": reference_nll, "rollouts": n_rollouts, "valid": len(distilled),
+            "claims": claims, "seconds": time.time() - started}, tuned
+
+
+# == 16. The command line ==========================================================================
+
+def write_whole(path, write):
+    """write(file) fills a temporary file, which becomes `path` when it is complete."""
+    try:
+        with open(f"{path}.partial", "wb") as file:
+            write(file)
+        os.replace(f"{path}.partial", path)
+    finally:
+        if os.path.exists(f"{path}.partial"):
+            os.remove(f"{path}.partial")
+
+
+def kind_of_base(config):
+    """The settings that a stored base must share with the run."""
+    return {name: value for name, value in asdict(config).items()
+            if name in ("new_domain", "layers", "width", "heads") or name.startswith("pretrain_")}
+
+
+def save_models(path, config, weights):
+    contents = {"kind": kind_of_base(config), "weights": weights}
+    write_whole(path, lambda file: torch.save(contents, file))
+
+
+def load_models(path, config):
+    """{seed: weights} from a file that --base or --save wrote."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        kind, weights = contents["kind"], contents["weights"]
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError,
+            pickle.UnpicklingError) as error:
+        raise DemoError(f"{path} is no base file of this program: name another.") from error
+    if kind != kind_of_base(config):
+        raise DemoError(f"{path} holds other bases ({kind}): name another file, or use --set.")
+    return weights
+
+
+def make_config(overrides, quick):
+    """["name=value", ...] -> Config, on top of the recipe of the new domain."""
+    kinds, values = {field.name: type(field.default) for field in fields(Config)}, {}
+    for name, _, text in (override.partition("=") for override in overrides):
+        if name not in kinds:
+            raise DemoError(f"--set: there is no setting {name!r}, only {', '.join(kinds)}.")
+        try:
+            values[name] = kinds[name](text)
+        except ValueError as error:
+            raise DemoError(f"--set {name}: {text!r} is no {kinds[name].__name__}.") from error
+    recipe = MUL if values.get("new_domain") == "mul" else {}
+    return Config(**{**recipe, **(QUICK if quick else {}), **values})
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(prog="tabom.py", description=__doc__.split("\n")[0],
+                                     epilog="Start with: python tabom.py --demo")
+    add = parser.add_argument
+    add("--demo", action="store_true", help="run the whole chain and compare the arms")
+    add("--quick", action="store_true", help="the same in about a minute, only to see that it runs")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="SEED",
+        help="each is a base, problems and batches of its own")
+    add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=" ".join(ARMS))
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of Config")
+    add("--base", metavar="FILE", help="reuse the pretrained bases in FILE; new ones are added")
+    add("--save", metavar="FILE", help="write the TABOM models; the file can serve as --base")
+    add("--json", metavar="FILE", help="write every figure of the run")
+    options = parser.parse_args(arguments)
+    if not (options.demo or options.quick):
+        parser.print_help()
+    return options
+
+
+def demo(options):
+    """Check everything first, then run the seeds, writing what was asked for after each."""
+    config = make_config(options.set, options.quick)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise DemoError("--device cuda: PyTorch finds no CUDA device here; leave --device out.")
+    if options.save and "TABOM" not in options.arms:
+        raise DemoError("--save writes the TABOM models, so --arms must name TABOM.")
+    for path in filter(None, (options.base, options.save, options.json)):
+        if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+            raise DemoError(f"{path} cannot be written: it is a folder, or its folder is missing "
+                            "or write-protected.")
+    bases = load_models(options.base, config) if os.path.exists(options.base or "") else {}
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    hardware = (torch.cuda.get_device_name() if device.type == "cuda" else
+                f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    say(f"TABOM on synthetic arithmetic: {hardware}, PyTorch {torch.__version__}, seeds "
+        f"{options.seeds}.\nA small base records how it decodes, is fine-tuned in "
+        f"{len(options.arms)} ways,\nand all are compared in the new domain and the old ones.")
+    if options.quick:
+        say("--quick trains far too little: the numbers below mean nothing.")
+    arms, runs, models = [arm for arm in ARMS if arm in options.arms], {}, {}
+    for seed in options.seeds:
+        runs[seed], models[seed] = run_seed(config, seed, arms, device, bases)
+        if options.base:
+            save_models(options.base, config, bases)
+        if options.save:
+            save_models(options.save, config, models)
+    if len(runs) > 1:
+        show_summary([run["arms"] for run in runs.values()])
+    if options.json:
+        report = {"config": asdict(config), "seeds": options.seeds, "quick": options.quick,
+                  "device": hardware, "torch": torch.__version__,
+                  "python": platform.python_version(), "runs": runs}
+        write_whole(options.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
+    say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes.")
+
+
+def main(arguments=None):
+    """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    global toy_data
+    import toy_data                              # only here, so that this file can be copied alone
+    options = parse_arguments(arguments)
+    try:
+        if options.demo or options.quick:
+            demo(options)
+    except DemoError as error:
+        print(f"tabom.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntabom.py: stopped; no file is left half-written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

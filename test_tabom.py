@@ -1,0 +1,1367 @@
+# SPDX-License-Identifier: MIT
+"""Exact tests: every formula of tabom.py against a naive loop written from its equation.
+
+An oracle here is slow, plain Python over one row at a time, and shares nothing with the code that
+it checks.  Two kinds of model stand in for a network.  `Scripted` answers with a fixed table of
+logits, so orders, tokens and gradients are known by hand.  `TinyModel` is a small random network in
+which every logit depends on every token, so a state that is wrong anywhere changes the result.
+
+Run:  python -m pytest -q test_tabom.py
+"""
+import itertools
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import tabom
+import toy_data
+from tabom import (LaggedCopy, Trajectories, decode, dinfer_loss, discrimination_curve, nelbo_loss,
+                   pairwise_rank_loss, predictive_entropy, segment_masks, t3d_loss, tabom_loss,
+                   trajectory_discrimination_score, trajectory_loss)
+
+# ==================================================================================================
+# Shared: the two stand-in models, random trajectories, and oracles in plain floats
+# ==================================================================================================
+
+L, N, V = 2, 6, 5           # prompt length, response length, vocabulary
+MASK = V                    # [MASK] is an input only: there is no logit for it
+
+
+class Scripted:
+    """Context-free: answers with `table` (N, V) or (B, N, V) for the response, whatever it sees.
+
+    `seen` keeps the tokens of every call.  As a leaf, `table.grad` tells what a loss supervises.
+    """
+
+    def __init__(self, table):
+        self.table, self.seen = table, []
+
+    def __call__(self, tokens):
+        self.seen.append(tokens.clone())
+        n_rows, (n, v) = len(tokens), self.table.shape[-2:]
+        before = torch.full((n_rows, tokens.shape[1] - n, v), 100.0)    # prompt outputs: never read
+        return torch.cat([before, self.table.expand(n_rows, n, v)], 1)
+
+
+class TinyModel(nn.Module):
+    """A small random network: every logit depends on every token and on every position."""
+
+    def __init__(self, seed=0, vocabulary=V):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.token = nn.Parameter(torch.randn(V + 1, 8, generator=generator))
+        self.place = nn.Parameter(torch.randn(L + N, 8, generator=generator))
+        self.out = nn.Parameter(torch.randn(8, vocabulary, generator=generator))
+        self.seen = []
+
+    def forward(self, tokens):
+        self.seen.append(tokens.clone())
+        x = self.token[tokens]
+        others = (x * self.place).sum(1, keepdim=True)
+        return torch.tanh(x + 0.5 * others + self.place) @ self.out
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def prompts(n_rows):
+    return torch.randint(2, (n_rows, L), generator=seeded())
+
+
+def random_trajectories(n_rows=6, seed=0, n_given=(0, 1, 3)):
+    """Random responses in random orders; the rows take turns in how many positions were given."""
+    generator = seeded(seed)
+    decode_rank = torch.stack([torch.randperm(N, generator=generator) for _ in range(n_rows)])
+    given = torch.tensor([n_given[row % len(n_given)] for row in range(n_rows)])[:, None]
+    return Trajectories(torch.randint(V, (n_rows, L), generator=generator),
+                        torch.randint(V, (n_rows, N), generator=generator),
+                        (decode_rank - given).clamp(min=-1), torch.zeros(n_rows, N))
+
+
+def from_probabilities(rows):
+    """Probabilities -> logits whose softmax is exactly these."""
+    return torch.tensor(rows).log()
+
+
+def log_p(logits):
+    """One position, (V,) -> list of log probabilities in float64."""
+    values = [float(value) for value in logits]
+    log_z = max(values) + math.log(sum(math.exp(value - max(values)) for value in values))
+    return [value - log_z for value in values]
+
+
+def entropy_of(logits):
+    return -sum(math.exp(value) * value for value in log_p(logits) if value > -math.inf)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def look(model, trajectories, row, masked):
+    """Show the model one row with the positions in `masked` hidden -> logits of its response."""
+    prompt, response = trajectories.prompt[row].tolist(), trajectories.response[row].tolist()
+    hidden = [MASK if position in masked else token for position, token in enumerate(response)]
+    with torch.no_grad():
+        return model(torch.tensor([prompt + hidden]))[0, L:]
+
+
+def by_rank(trajectories, row):
+    """[(rank, position), ...] of the decoded positions of a row, in reveal order."""
+    ranks = trajectories.decode_rank[row].tolist()
+    return sorted((rank, position) for position, rank in enumerate(ranks) if rank >= 0)
+
+
+def chi_square(counts, expected):
+    return sum((count - share) ** 2 / share for count, share in zip(counts, expected, strict=True))
+
+
+def close(value, expected, tolerance=1e-5):
+    value, expected = (float(torch.as_tensor(number).detach()) for number in (value, expected))
+    return value == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+# ==================================================================================================
+# Predictive entropy
+# ==================================================================================================
+
+@pytest.mark.parametrize("v", [1, 2, 7, 1000])
+def test_entropy_of_a_uniform_distribution_is_ln_v(v):
+    """Total uncertainty over V tokens is ln V nats, whatever the common logit."""
+    assert close(predictive_entropy(torch.full((v,), 3.0)), math.log(v))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.001])
+def test_entropy_of_two_tokens(p):
+    """Two tokens give -p ln p - (1-p) ln (1-p)."""
+    logits = from_probabilities([p, 1 - p])
+    assert close(predictive_entropy(logits), -p * math.log(p) - (1 - p) * math.log(1 - p))
+
+
+def test_entropy_of_a_certain_token_is_exactly_zero():
+    """One-hot: nothing is left to be unsure of."""
+    assert predictive_entropy(torch.tensor([-torch.inf, 0.0, -torch.inf])) == 0
+    assert predictive_entropy(torch.tensor([1e4, 0.0, 0.0])) == 0
+
+
+def test_entropy_agrees_with_torch_and_keeps_the_leading_shape():
+    """(..., V) -> (...): the last dimension is the vocabulary, the others are left alone."""
+    logits = 3 * torch.randn(2, 4, 3, 11, generator=seeded())
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert predictive_entropy(logits).shape == (2, 4, 3)
+    torch.testing.assert_close(predictive_entropy(logits), expected)
+
+
+@pytest.mark.parametrize("logits, expected", [
+    ([1e4, 1e4 - 1, 1e4 - 2], entropy_of([0, -1, -2])),
+    ([-1e4, -1e4 - 1, -1e4 - 2], entropy_of([0, -1, -2])),
+    ([1e30, 1e30, 0.0], math.log(2)),
+    ([1e30, 0.0, -1e30], 0.0),
+    ([3e38, -3e38, 0.0], 0.0),                 # their difference overflows float32
+    ([1e30, 1e30, -torch.inf], math.log(2)),
+])
+def test_entropy_survives_huge_logits(logits, expected):
+    """No logit is too large: the value is right and the gradient finite."""
+    logits = torch.tensor(logits, requires_grad=True)
+    entropy = predictive_entropy(logits)
+    entropy.backward()
+    assert close(entropy, expected)
+    assert logits.grad.isfinite().all()
+
+
+def test_banned_tokens_count_nothing_in_value_and_gradient():
+    """-inf is as good as no entry at all: same entropy, same gradient, and 0 for the entry."""
+    allowed = torch.tensor([0, 2, 3])
+    without = torch.randn(4, 3, generator=seeded()).requires_grad_()
+    logits = torch.full((4, 5), -torch.inf).index_copy(1, allowed, without.detach())
+    logits.requires_grad_()
+    predictive_entropy(without).sum().backward()
+    predictive_entropy(logits).sum().backward()
+    torch.testing.assert_close(predictive_entropy(logits), predictive_entropy(without))
+    torch.testing.assert_close(logits.grad[:, allowed], without.grad)
+    assert without.grad.abs().min() > 0
+    assert (logits.grad[:, [1, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_entropy_is_computed_in_float32(dtype):
+    """Half-precision logits give a float32 entropy with no half-precision rounding in it."""
+    logits = torch.randn(8, 300, generator=seeded()).to(dtype)
+    entropy = predictive_entropy(logits)
+    assert entropy.dtype == torch.float32
+    expected = torch.tensor([entropy_of(row) for row in logits])
+    torch.testing.assert_close(entropy, expected, rtol=1e-6, atol=1e-5)
+
+
+# ==================================================================================================
+# The ranking loss (Eq. 8)
+# ==================================================================================================
+
+def naive_rank_loss(entropy, decode_rank, window, margin):
+    """Eq. 8 as a double loop -> the loss, and the share of all pairs in the right order."""
+    losses, right = [], []
+    for h, rank, inside in zip(entropy.tolist(), decode_rank.tolist(), window.tolist()):
+        h = [h[i] for i in sorted(range(len(h)), key=lambda i: rank[i]) if inside[i]]
+        w, total = len(h), 0.0
+        for r in range(w):
+            for s in range(r + 1, w):
+                total += max(0.0, h[r] - h[s] + margin)
+                right.append(h[r] < h[s])
+        losses.append(2 / (w * (w - 1)) * total if w > 1 else 0.0)
+    return mean(losses), mean(right)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 3.0])
+def test_rank_loss_is_eq_8(margin):
+    """The broadcast over (B, N, N) equals the double loop, windows of 0 and 1 included."""
+    for seed in range(20):
+        generator = seeded(seed)
+        entropy = torch.rand(5, 9, generator=generator)
+        decode_rank = torch.stack([torch.randperm(9, generator=generator) for _ in range(5)])
+        window = torch.rand(5, 9, generator=generator) < torch.tensor([[0], [.2], [.5], [.8], [1]])
+        loss, accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin)
+        expected_loss, expected_accuracy = naive_rank_loss(entropy, decode_rank, window, margin)
+        assert close(loss, expected_loss) and close(accuracy, expected_accuracy)
+
+
+def worked_example():
+    """Entropies 0.5, 0.3, 0.9 in reveal order, written at positions 2, 0, 1; 3 is outside."""
+    entropy = torch.tensor([[0.3, 0.9, 0.5, 7.0]], requires_grad=True)
+    return entropy, torch.tensor([[1, 2, 0, 3]]), torch.tensor([[True, True, True, False]])
+
+
+def test_rank_loss_worked_example():
+    """Pairs (1,2): 0.5 - 0.3 + 0.2 = 0.4; (1,3) and (2,3): 0; the mean is 0.4 / 3."""
+    loss, accuracy = pairwise_rank_loss(*worked_example(), margin=0.2)
+    assert close(loss, 0.4 / 3) and round(loss.item(), 4) == 0.1333
+    assert close(accuracy, 2 / 3)
+
+
+def test_rank_loss_pulls_the_earlier_down_and_the_later_up():
+    """Only the pair in the wrong order has a gradient, and it flows through both entropies."""
+    entropy, decode_rank, window = worked_example()
+    loss, accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin=0.2)
+    loss.backward()
+    # A descent step lowers the entropy of the first revealed (position 2), raises the second's (0).
+    torch.testing.assert_close(entropy.grad, torch.tensor([[-1 / 3, 0, 1 / 3, 0]]))
+    assert not accuracy.requires_grad
+
+
+@pytest.mark.parametrize("w", range(2, 9))
+def test_rank_loss_counts_each_pair_once(w):
+    """W(W-1)/2 pairs: equal entropies give the margin exactly, and the gradients add up to it."""
+    decode_rank = torch.randperm(w, generator=seeded())[None] + 5    # a window later in a response
+    entropy, window = torch.full((1, w), 1.5, requires_grad=True), decode_rank >= 0
+    loss, accuracy = pairwise_rank_loss(entropy, decode_rank, window, 0.25)
+    assert loss.item() == 0.25
+    assert accuracy == 0                                                 # equal is not yet surer
+    loss.backward()
+    # Rank i is the earlier one of w-1-i pairs and the later one of i pairs.
+    rank = decode_rank - 5
+    torch.testing.assert_close(entropy.grad * (w * (w - 1) / 2), (w - 1 - 2 * rank).float())
+
+
+def test_rank_loss_does_not_care_where_positions_stand():
+    """Only ranks and entropies matter: a permutation of the positions changes nothing."""
+    generator = seeded(3)
+    entropy = torch.rand(4, 7, generator=generator)
+    decode_rank = torch.stack([torch.randperm(7, generator=generator) for _ in range(4)])
+    window = (decode_rank >= 2) & (decode_rank < 6)
+    shuffle = torch.randperm(7, generator=generator)
+    shuffled = (values[:, shuffle] for values in (entropy, decode_rank, window))
+    before = pairwise_rank_loss(entropy, decode_rank, window, 0.2)
+    after = pairwise_rank_loss(*shuffled, 0.2)
+    torch.testing.assert_close(before, after)
+
+
+def test_rank_loss_counts_rows_without_a_pair_as_zero():
+    """Rows with no or one window position add 0 to the mean over rows, not nan."""
+    entropy, decode_rank, window = (value.repeat(4, 1) for value in worked_example())
+    window[1], window[2], window[3] = False, torch.tensor([True, False, False, False]), False
+    loss, accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin=0.2)
+    assert close(loss, 0.4 / 3 / 4) and close(accuracy, 2 / 3)
+    nothing, accuracy = pairwise_rank_loss(entropy, decode_rank, torch.zeros_like(window), 0.2)
+    assert nothing == 0 and accuracy == 0
+    nothing.backward()
+    assert entropy.isfinite().all()
+
+
+def test_rank_loss_refuses_other_shapes_and_negative_margins():
+    """Silent broadcasting would compare positions of different rows."""
+    entropy, decode_rank, window = worked_example()
+    with pytest.raises(ValueError, match="one shape"):
+        pairwise_rank_loss(entropy[0], decode_rank, window, 0.2)
+    with pytest.raises(ValueError, match="one shape"):
+        pairwise_rank_loss(entropy, decode_rank[:, :3], window, 0.2)
+    with pytest.raises(ValueError, match="one shape"):
+        pairwise_rank_loss(entropy, decode_rank, window.repeat(2, 1), 0.2)
+    with pytest.raises(ValueError, match="margin"):
+        pairwise_rank_loss(entropy, decode_rank, window, -0.1)
+
+
+# ==================================================================================================
+# States: visible, masked, window
+# ==================================================================================================
+
+def naive_segment(ranks, n_visible, window_size):
+    """One row of ranks -> the three lists of booleans."""
+    visible = [rank < n_visible for rank in ranks]
+    window = [n_visible <= rank <= n_visible + window_size - 1 for rank in ranks]
+    return visible, [not value for value in visible], window
+
+
+def test_segments_at_every_cut_and_window_size():
+    """visible, masked and window follow the ranks, position by position; given ones are visible."""
+    decode_rank = random_trajectories(6).decode_rank
+    assert (decode_rank == -1).any()
+    for n_visible, window_size in itertools.product(range(N + 1), range(1, N + 2)):
+        expected = [naive_segment(row, n_visible, window_size) for row in decode_rank.tolist()]
+        for got, want in zip(segment_masks(decode_rank, n_visible, window_size), zip(*expected)):
+            assert got.dtype == torch.bool and got.tolist() == list(want)
+
+
+def test_segments_with_one_cut_and_window_per_row():
+    """(B,) tensors give each row its own cut and its own window."""
+    decode_rank = random_trajectories(6).decode_rank
+    n_visible, window_size = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([6, 0, 1, 2, 5, 1])
+    expected = [naive_segment(*row) for row in
+                zip(decode_rank.tolist(), n_visible.tolist(), window_size.tolist())]
+    for got, want in zip(segment_masks(decode_rank, n_visible, window_size), zip(*expected)):
+        assert got.tolist() == list(want)
+
+
+@pytest.mark.parametrize("window_size", [1, 2, 4, 6, 50])
+def test_every_rank_falls_into_some_window(window_size):
+    """Cuts 0 .. n-1 train every decoded position, the last one too; windows get shorter there."""
+    decode_rank = random_trajectories(3).decode_rank
+    for ranks in decode_rank:
+        n = int((ranks >= 0).sum())
+        windows = [segment_masks(ranks[None], cut, window_size)[2][0] for cut in range(n)]
+        for cut, window in enumerate(windows):
+            assert window.sum() == min(window_size, n - cut)
+        assert torch.equal(torch.stack(windows).any(0), ranks >= 0)
+
+
+# ==================================================================================================
+# Trajectories
+# ==================================================================================================
+
+def test_trajectories_are_indexed_by_row():
+    """A boolean mask, an index tensor and a slice pick the same rows of all four fields."""
+    whole = random_trajectories(6)
+    whole = Trajectories(whole.prompt, whole.response, whole.decode_rank, torch.rand(6, N))
+    assert len(whole) == 6
+    for index, rows in ((torch.tensor([True, False, False, True, False, True]), [0, 3, 5]),
+                        (torch.tensor([4, 4, 0]), [4, 4, 0]), (slice(1, 5, 2), [1, 3])):
+        part = whole[index]
+        assert isinstance(part, Trajectories) and len(part) == len(rows)
+        for name in ("prompt", "response", "decode_rank", "entropy"):
+            expected = [getattr(whole, name)[row].tolist() for row in rows]
+            assert getattr(part, name).tolist() == expected
+
+
+def test_trajectories_move_and_count():
+    """`to` moves all four fields; n_decoded counts the ranks of a row that are not -1."""
+    whole = random_trajectories(6)
+    there = whole.to("meta")
+    assert {getattr(there, name).device.type
+            for name in ("prompt", "response", "decode_rank", "entropy")} == {"meta"}
+    assert torch.equal(whole.to("cpu").response, whole.response)
+    assert whole.n_decoded.tolist() == [6, 5, 3, 6, 5, 3]
+
+
+# ==================================================================================================
+# The decoder (Eq. 2, Def. 1)
+# ==================================================================================================
+
+def naive_decode(model, prompt, given, order="entropy", tokens_per_step=1, block_length=None):
+    """Eq. 2 for one row of plain lists, greedy -> response, ranks, entropies at reveal."""
+    response, ranks, entropies = list(given), [-1] * len(given), [0.0] * len(given)
+    block_length, n_visible = block_length or len(given), 0
+    while MASK in response:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response]))[0, len(prompt):]
+        hidden = [i for i in range(len(given)) if response[i] == MASK]
+        hidden = [i for i in hidden if i // block_length == hidden[0] // block_length]
+        p = {i: sorted(map(math.exp, log_p(logits[i])), reverse=True) for i in hidden}
+        h = {i: entropy_of(logits[i]) for i in hidden}
+        score = {"entropy": h, "confidence": {i: -p[i][0] for i in hidden},
+                 "margin": {i: p[i][1] - p[i][0] for i in hidden}}.get(order, order)
+        step = sorted(hidden, key=lambda i: (score[i], i))[:tokens_per_step]
+        for i in sorted(step, key=lambda i: (h[i], i)):
+            response[i] = max(range(V), key=lambda token: logits[i][token])
+            ranks[i], entropies[i], n_visible = n_visible, h[i], n_visible + 1
+    return response, ranks, entropies
+
+
+@pytest.mark.parametrize("block_length", [None, 1, 2, 4, 6])
+@pytest.mark.parametrize("tokens_per_step", [1, 2, 4, 9])
+@pytest.mark.parametrize("order", ["entropy", "confidence", "margin", (3, 1, 4, 1, 5, 9)])
+def test_decode_equals_a_naive_decoder_row_by_row(order, tokens_per_step, block_length):
+    """Tokens, ranks and entropies: a batch of unequally filled rows is its rows, one by one."""
+    model, prompt = TinyModel(), prompts(4)
+    given = torch.randint(V, (4, N), generator=seeded(1))
+    for row, n_hidden in enumerate([6, 3, 0, 5]):
+        hidden = torch.randperm(N, generator=seeded(row))[:n_hidden]
+        given[row, hidden] = MASK
+    got = decode(model, prompt, N, mask_id=MASK, tokens_per_step=tokens_per_step, given=given,
+                 order=order if isinstance(order, str) else torch.tensor(order),
+                 block_length=block_length)
+    for row in range(4):
+        response, ranks, entropies = naive_decode(model, prompt[row].tolist(), given[row].tolist(),
+                                                  order, tokens_per_step, block_length)
+        assert got.response[row].tolist() == response
+        assert got.decode_rank[row].tolist() == ranks
+        assert got.entropy[row].tolist() == pytest.approx(entropies, abs=1e-5)
+
+
+# Three positions on which the three measures of "easy" disagree completely:
+#              entropy  top probability  gap to the second
+#   position 0    1.18        0.55            0.40
+#   position 1    0.69        0.50            0.00
+#   position 2    0.77        0.60            0.22
+DISAGREE = from_probabilities([[.15, .55, .15, .15], [.5, .0, .0, .5], [.01, .01, .6, .38]])
+
+
+@pytest.mark.parametrize("order, ranks", [
+    ("entropy", [2, 0, 1]),
+    ("confidence", [1, 2, 0]),
+    ("margin", [0, 2, 1]),
+    (torch.tensor([0.5, -3.0, 9.0]), [1, 0, 2]),
+    (torch.tensor([7, 7, 2]), [1, 2, 0]),        # whole numbers will do; a tie: leftmost first
+])
+def test_each_order_by_hand(order, ranks):
+    """The four measures of easiness sort the same table differently, as worked out by hand."""
+    got = decode(Scripted(DISAGREE), prompts(2), 3, mask_id=4, order=order)
+    assert got.decode_rank.tolist() == [ranks, ranks]
+    assert got.response.tolist() == [[1, 0, 2], [1, 0, 2]]
+    torch.testing.assert_close(got.entropy[0], torch.tensor([entropy_of(row) for row in DISAGREE]))
+    assert got.entropy.dtype == torch.float32 and got.decode_rank.dtype == torch.int64
+
+
+def test_random_order_is_uniform_over_permutations():
+    """order="random": all 3! orders come equally often, whatever the logits say."""
+    ranks = decode(Scripted(DISAGREE), prompts(6000), 3, mask_id=4, order="random",
+                   generator=seeded()).decode_rank.tolist()
+    counts = [ranks.count(list(order)) for order in itertools.permutations(range(3))]
+    assert sum(counts) == 6000
+    assert chi_square(counts, [1000] * 6) < 25.7                         # p = 1e-4 at 5 df
+
+
+@pytest.mark.parametrize("order", tabom.ORDERS)
+@pytest.mark.parametrize("tokens_per_step", [1, 2, 4])
+def test_decode_rank_is_a_permutation(order, tokens_per_step):
+    """The decoded positions of a row have the ranks 0 .. n-1, once each; given ones have -1."""
+    model, prompt, mask = TinyModel(), prompts(20), torch.rand(20, N, generator=seeded(5)) < 0.7
+    given = torch.randint(V, (20, N), generator=seeded(6)).masked_fill(mask, MASK)
+    got = decode(model, prompt, N, mask_id=MASK, order=order, tokens_per_step=tokens_per_step,
+                 given=given, generator=seeded())
+    for ranks, decoded in zip(got.decode_rank, mask):
+        assert sorted(ranks[decoded].tolist()) == list(range(int(decoded.sum())))
+        assert (ranks[~decoded] == -1).all()
+
+
+def test_ranks_within_a_step_go_by_entropy_then_position():
+    """Whatever the order picks, one pass is ranked by entropy, ties leftmost first."""
+    sure, less_sure, unsure = [.98, .01, .01], [.8, .1, .1], [.4, .3, .3]
+    table = from_probabilities([sure, unsure, unsure, sure, less_sure])
+    right_to_left = torch.tensor([4, 3, 2, 1, 0])                        # steps {4, 3}, {2, 1}, {0}
+    got = decode(Scripted(table), prompts(1), 5, mask_id=3, order=right_to_left, tokens_per_step=2)
+    assert got.decode_rank.tolist() == [[4, 2, 3, 0, 1]]
+
+
+def rising_certainty(n):
+    """A table in which the rightmost position is the surest."""
+    return from_probabilities([[0.5 + 0.4 * i / n, 0.5 - 0.4 * i / n] for i in range(n)])
+
+
+@pytest.mark.parametrize("tokens_per_step, n_passes", [(1, 5), (2, 3), (3, 3)])
+def test_blocks_are_finished_one_after_the_other(tokens_per_step, n_passes):
+    """Blocks of 2 over 5 positions: {0,1}, {2,3}, {4}; a pass never reaches into the next block."""
+    model = Scripted(rising_certainty(5))
+    got = decode(model, prompts(1), 5, mask_id=2, block_length=2, tokens_per_step=tokens_per_step)
+    assert got.decode_rank.tolist() == [[1, 0, 3, 2, 4]]
+    assert len(model.seen) == n_passes
+
+
+@pytest.mark.parametrize("order", tabom.ORDERS)
+def test_blocks_of_one_read_left_to_right(order):
+    """block_length=1 is autoregressive; in one whole block the surest, here the last, is first."""
+    model = Scripted(rising_certainty(5))
+    got = decode(model, prompts(2), 5, mask_id=2, block_length=1, order=order, generator=seeded())
+    assert got.decode_rank.tolist() == [[0, 1, 2, 3, 4]] * 2
+    for whole in (None, 5, 99):
+        got = decode(model, prompts(2), 5, mask_id=2, block_length=whole)
+        assert got.decode_rank.tolist() == [[4, 3, 2, 1, 0]] * 2
+
+
+@pytest.mark.parametrize("order", ["entropy", "confidence", "margin", torch.zeros(40)])
+@pytest.mark.parametrize("tokens_per_step", [1, 3])
+def test_equal_scores_are_decoded_leftmost_first(order, tokens_per_step):
+    """A tie is no accident of the sorting algorithm: left to right."""
+    got = decode(Scripted(torch.zeros(40, 3)), prompts(2), 40, mask_id=3, order=order,
+                 tokens_per_step=tokens_per_step)
+    assert got.decode_rank.tolist() == [list(range(40))] * 2
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 2, 4])
+def test_entropy_is_that_just_before_the_reveal(tokens_per_step):
+    """Replaying the states by rank gives back each recorded entropy and, greedy, each token."""
+    model, prompt = TinyModel(), prompts(3)
+    got = decode(model, prompt, N, mask_id=MASK, tokens_per_step=tokens_per_step)
+    for row in range(3):
+        for rank, position in by_rank(got, row):
+            start = rank // tokens_per_step * tokens_per_step        # the first rank of its pass
+            logits = look(model, got, row, [p for r, p in by_rank(got, row) if r >= start])
+            assert close(got.entropy[row, position], entropy_of(logits[position]))
+            assert got.response[row, position] == logits[position].argmax()
+    everything_hidden = look(model, got, 0, range(N))        # and the context did matter
+    assert not torch.allclose(got.entropy[0], predictive_entropy(everything_hidden), atol=1e-3)
+
+
+def test_temperature_changes_tokens_but_not_the_order():
+    """What is easy is judged at temperature 1 always; the temperature only picks the token."""
+    model, prompt = Scripted(torch.randn(N, V, generator=seeded())), prompts(50)
+    greedy, sampled, hot = (decode(model, prompt, N, mask_id=MASK, temperature=temperature,
+                                   generator=seeded()) for temperature in (0.0, 1.0, 10.0))
+    for other in (sampled, hot):
+        assert torch.equal(greedy.decode_rank, other.decode_rank)
+        assert torch.equal(greedy.entropy, other.entropy)
+        assert not torch.equal(greedy.response, other.response)
+    assert torch.equal(greedy.response, model.table.argmax(-1).expand(50, N))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_tokens_follow_the_softmax(temperature):
+    """Tokens are drawn from softmax(logits / temperature): a chi-square test at each position."""
+    table = torch.tensor([[0.0, 1.0, -1.0, 0.5], [2.0, 0.0, 1.0, 1.5]])
+    response = decode(Scripted(table), prompts(8000), 2, mask_id=4, temperature=temperature,
+                      generator=seeded()).response
+    for position in range(2):
+        counts = [int((response[:, position] == token).sum()) for token in range(4)]
+        expected = [8000 * math.exp(value) for value in log_p(table[position] / temperature)]
+        assert chi_square(counts, expected) < 21.1                       # p = 1e-4 at 3 df
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 1.0}, {"order": "random"}])
+def test_decode_is_reproducible(setting):
+    """The generator is the only source of chance: same seed, same result; no global one is used."""
+    model, prompt, before = TinyModel(), prompts(8), torch.get_rng_state()
+    one, same, other = (decode(model, prompt, N, mask_id=MASK, generator=seeded(seed), **setting)
+                        for seed in (1, 1, 2))
+    assert torch.equal(one.response, same.response)
+    assert torch.equal(one.decode_rank, same.decode_rank)
+    assert not (torch.equal(one.response, other.response)
+                and torch.equal(one.decode_rank, other.decode_rank))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_mask_is_never_written(temperature):
+    """An entry for [MASK] in the vocabulary is neither picked nor counted, even when favoured."""
+    table = torch.randn(N, 5, generator=seeded())
+    table[:, 2] = 20.0
+    without = table[:, [0, 1, 3, 4]]
+    prompt = torch.ones(20, L, dtype=torch.int64)
+    got = decode(Scripted(table), prompt, N, mask_id=2, temperature=temperature, generator=seeded())
+    assert not (got.response == 2).any()
+    torch.testing.assert_close(got.entropy[0], torch.tensor([entropy_of(row) for row in without]))
+    easiest_first = sorted(range(N), key=lambda i: entropy_of(without[i]))
+    assert got.decode_rank[0].argsort().tolist() == easiest_first
+
+
+def test_prompt_and_given_tokens_stay():
+    """Only masked positions are written; neither the prompt nor the tensor `given` is changed."""
+    model, prompt = TinyModel(), prompts(5)
+    given = torch.randint(V, (5, N), generator=seeded(1))
+    given[:, [0, 2, 5]] = MASK
+    prompt_before, given_before = prompt.clone(), given.clone()
+    got = decode(model, prompt, N, mask_id=MASK, temperature=2.0, generator=seeded(), given=given)
+    assert torch.equal(prompt, prompt_before) and torch.equal(got.prompt, prompt_before)
+    assert torch.equal(given, given_before)
+    assert torch.equal(got.response[:, [1, 3, 4]], given[:, [1, 3, 4]])
+    assert (got.decode_rank[:, [1, 3, 4]] == -1).all() and (got.entropy[:, [1, 3, 4]] == 0).all()
+    assert not (got.response == MASK).any()
+    assert all(torch.equal(tokens[:, :L], prompt_before) for tokens in model.seen)
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 2, 3, 4, 6, 7])
+def test_number_of_forward_passes(tokens_per_step):
+    """ceil(n / k) passes for the row with most to do, none once nothing is masked."""
+    model = TinyModel()
+    decode(model, prompts(3), N, mask_id=MASK, tokens_per_step=tokens_per_step)
+    hidden = [int((tokens == MASK).sum(1)[0]) for tokens in model.seen]
+    assert hidden == [N - i * tokens_per_step for i in range(math.ceil(N / tokens_per_step))]
+
+    model, given = TinyModel(), torch.zeros(2, N, dtype=torch.int64)
+    given[0, :4], given[1, :1] = MASK, MASK
+    decode(model, prompts(2), N, mask_id=MASK, tokens_per_step=tokens_per_step, given=given)
+    assert len(model.seen) == math.ceil(4 / tokens_per_step)
+
+    model = TinyModel()
+    decode(model, prompts(2), N, mask_id=MASK, tokens_per_step=tokens_per_step,
+           given=torch.zeros(2, N, dtype=torch.int64))
+    assert model.seen == []
+
+
+def test_rows_do_not_wait_for_each_other():
+    """Each row works on its own first unfinished block, 0 for one and 1 for the other."""
+    model, given = TinyModel(), torch.zeros(2, N, dtype=torch.int64)
+    given[0, :3], given[1, 3:] = MASK, MASK
+    decode(model, prompts(2), N, mask_id=MASK, block_length=3, given=given)
+    assert len(model.seen) == 3
+
+
+@pytest.mark.parametrize("setting, message", [
+    ({"order": "easiest"}, "order must be one of"),
+    ({"order": None}, "order must be one of"),
+    ({"response_length": 0}, "response_length must be at least 1, not 0"),
+    ({"tokens_per_step": 0}, "tokens_per_step must be at least 1, not 0"),
+    ({"block_length": 0}, "block_length must be at least 1, not 0"),
+    ({"block_length": -2}, "block_length must be at least 1, not -2"),
+    ({"temperature": -0.5}, "temperature must be 0"),
+    ({"prompt": torch.tensor([[0, MASK]])}, "the prompt contains mask_id"),
+    ({"given": torch.full((1, N + 1), MASK)}, "given must have shape"),
+    ({"given": torch.full((2, N), MASK)}, "given must have shape"),
+])
+def test_decode_refuses_settings_out_of_range(setting, message):
+    """A wrong setting is named at once, before the model is asked anything."""
+    model = TinyModel()
+    arguments = {"prompt": prompts(1), "response_length": N, "mask_id": MASK, **setting}
+    with pytest.raises(ValueError, match=message):
+        decode(model, **arguments)
+    assert model.seen == []
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_decode_refuses_logits_that_are_nan(bad):
+    """A diverged model stops the decoder instead of writing rubbish or never ending."""
+    table = torch.zeros(N, V)
+    table[3, 1] = bad
+    with pytest.raises(ValueError, match="nan"):
+        decode(Scripted(table), prompts(2), N, mask_id=MASK)
+
+
+# ==================================================================================================
+# The losses: one call for all, and each against a loop
+# ==================================================================================================
+
+LOSSES = {
+    "nelbo": (nelbo_loss, {}),
+    "trajectory": (trajectory_loss, {"window_size": 3}),
+    "dinfer": (dinfer_loss, {}),
+    "t3d": (t3d_loss, {"reference": TinyModel(seed=9)}),
+    "tabom": (tabom_loss, {"window_size": 3, "margin": 0.2, "rank_weight": 1.0}),
+}
+every_loss = pytest.mark.parametrize("loss_fn, own", LOSSES.values(), ids=LOSSES.keys())
+
+
+@every_loss
+def test_losses_share_one_form(loss_fn, own):
+    """Scalar loss with a gradient for every weight, and a dict of detached scalar metrics."""
+    model = TinyModel()
+    loss, metrics = loss_fn(model, random_trajectories(), mask_id=MASK, generator=seeded(), **own)
+    assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
+    assert metrics
+    assert all(not value.requires_grad and value.shape == () for value in metrics.values())
+    loss.backward()
+    for weight in model.parameters():
+        assert weight.grad.isfinite().all() and weight.grad.abs().max() > 0
+    assert len(model.seen) == 1                                          # one forward pass, no more
+
+
+@every_loss
+def test_losses_are_reproducible(loss_fn, own):
+    """Same seed, same loss; another seed, another loss; the global generator is left alone."""
+    model, trajectories, before = TinyModel(), random_trajectories(16), torch.get_rng_state()
+    one, same, other = (loss_fn(model, trajectories, mask_id=MASK, generator=seeded(seed), **own)[0]
+                        for seed in (1, 1, 2))
+    assert one == same != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_loss
+def test_losses_show_the_model_response_or_mask(loss_fn, own):
+    """Prompt and given tokens are always shown; the rest is its own token or [MASK]."""
+    model, trajectories = TinyModel(), random_trajectories(60)
+    loss_fn(model, trajectories, mask_id=MASK, generator=seeded(), **own)
+    tokens, = model.seen
+    shown, given = tokens[:, L:], trajectories.decode_rank == -1
+    assert torch.equal(tokens[:, :L], trajectories.prompt)
+    assert torch.equal(shown[given], trajectories.response[given])
+    assert ((shown == trajectories.response) | (shown == MASK)).all()
+    assert ((shown == MASK).any(1)).all()        # there is always something to learn
+
+
+@every_loss
+def test_losses_ignore_a_logit_for_mask(loss_fn, own):
+    """With an entry for [MASK] in the vocabulary, no loss depends on its logit."""
+    model, wider = TinyModel(), TinyModel(vocabulary=V + 1)
+    with torch.no_grad():
+        wider.out[:, :V], wider.out[:, V] = model.out, 5.0
+    own = {**own, "reference": wider} if "reference" in own else own
+    plain = {**own, "reference": model} if "reference" in own else own
+    trajectories = random_trajectories()
+    expected, _ = loss_fn(model, trajectories, mask_id=MASK, generator=seeded(), **plain)
+    loss, _ = loss_fn(wider, trajectories, mask_id=MASK, generator=seeded(), **own)
+    assert close(loss, expected)
+    loss.backward()
+    assert wider.out.grad.isfinite().all() and (wider.out.grad[:, V] == 0).all()
+
+
+def test_losses_do_not_read_visible_positions():
+    """A model need not predict what it sees: not even an impossible visible token counts."""
+    trajectories, table = random_trajectories(1, n_given=(2,)), torch.zeros(1, N, V)
+    visible = trajectories.decode_rank == -1
+    table[visible] = -torch.inf
+    table[visible, (trajectories.response[visible] + 1) % V] = 0.0     # -log p of the token is inf
+    for loss_fn, own in ((nelbo_loss, {"mask_ratio": 1.0}),
+                         (t3d_loss, {"reference": Scripted(torch.zeros(N, V))}),
+                         (tabom_loss, {"window_size": N, "margin": 0.2, "rank_weight": 1.0})):
+        model = Scripted(table.clone().requires_grad_())
+        loss, _ = loss_fn(model, trajectories, mask_id=MASK, generator=seeded(), **own)
+        loss.backward()
+        assert loss.isfinite() and model.table.grad.isfinite().all()
+        assert (model.table.grad[visible] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["nelbo", "trajectory", "dinfer", "tabom"])
+def test_rows_with_nothing_to_decode_count_zero(name):
+    """A response that was given entirely teaches nothing: it adds 0 to the mean, not nan."""
+    loss_fn, own = LOSSES[name]
+    model, row = TinyModel(), random_trajectories(1)
+    nothing = Trajectories(row.prompt, row.response, torch.full((1, N), -1), row.entropy)
+    loss, _ = loss_fn(model, nothing, mask_id=MASK, generator=seeded(), **own)
+    loss.backward()
+    assert loss == 0 and model.out.grad.isfinite().all()
+
+
+def hidden_sets(model):
+    """What the last call hid from the model: per row, the list of response positions."""
+    shown = model.seen[-1][:, L:].tolist()
+    return [[i for i, token in enumerate(row) if token == MASK] for row in shown]
+
+
+def drawn_cuts(model, trajectories):
+    """The cuts that a loss has drawn, read off its tokens; each must be a state on the way."""
+    cuts = []
+    for row, hidden in enumerate(hidden_sets(model)):
+        order = [position for _, position in by_rank(trajectories, row)]
+        cuts.append(len(order) - len(hidden))
+        assert sorted(order[cuts[-1]:]) == hidden                        # the last ranks, exactly
+    return cuts
+
+
+# ---- Eq. 1 ---------------------------------------------------------------------------------------
+
+def naive_nelbo(model, trajectories, hidden):
+    """Eq. 1: the mean of -log p over the hidden positions of a row, then over rows."""
+    rows = []
+    for row, positions in enumerate(hidden):
+        logits = look(model, trajectories, row, positions)
+        rows.append(mean(-log_p(logits[i])[trajectories.response[row, i]] for i in positions))
+    return mean(rows)
+
+
+@pytest.mark.parametrize("mask_ratio", [None, 0.0, 0.3, 1.0])
+def test_nelbo_is_eq_1(mask_ratio):
+    """The loss is the mean over masked positions, then rows, of the states that were shown."""
+    for seed in range(5):
+        model, trajectories = TinyModel(), random_trajectories(9, seed)
+        loss, metrics = nelbo_loss(model, trajectories, mask_id=MASK, generator=seeded(seed),
+                                   mask_ratio=mask_ratio)
+        expected = naive_nelbo(model, trajectories, hidden_sets(model))
+        assert close(loss, expected) and close(metrics["nll"], expected)
+
+
+def test_nelbo_mask_ratio():
+    """1 masks all decoded positions, 0 exactly one, r a share r; a given position never."""
+    trajectories = random_trajectories(3000)
+    decoded = trajectories.decode_rank >= 0
+    for ratio in (0.0, 0.5, 1.0):
+        model = Scripted(torch.zeros(N, V))
+        nelbo_loss(model, trajectories, mask_id=MASK, generator=seeded(), mask_ratio=ratio)
+        masked = model.seen[0][:, L:] == MASK
+        assert not (masked & ~decoded).any()
+        if ratio == 0:
+            assert (masked.sum(1) == 1).all()
+        elif ratio == 1:
+            assert torch.equal(masked, decoded)
+        else:       # of 6 positions, half; a 64th of the rows gets its one position by force
+            assert close(masked[::3].float().mean(), 0.5 + 1 / 64 / 6, 0.02)
+
+
+def test_nelbo_draws_its_ratio_uniformly():
+    """A uniform ratio makes every *number* of masked positions equally likely; 0 is raised to 1."""
+    trajectories = random_trajectories(7000, n_given=(0,))
+    model = Scripted(torch.zeros(N, V))
+    nelbo_loss(model, trajectories, mask_id=MASK, generator=seeded())
+    masked = model.seen[0][:, L:] == MASK
+    counts = [int((masked.sum(1) == k).sum()) for k in range(1, N + 1)]
+    assert sum(counts) == 7000
+    assert chi_square(counts, [2000] + [1000] * (N - 1)) < 25.7          # p = 1e-4 at 5 df
+    singles = masked[masked.sum(1) == 1].sum(0).tolist()    # and no position is favoured
+    assert chi_square(singles, [sum(singles) / N] * N) < 25.7
+
+
+# ---- Eq. 9 ---------------------------------------------------------------------------------------
+
+def naive_tabom(model, trajectories, cuts, sizes, margin, rank_weight):
+    """Eq. 9 row by row -> loss, mean nll, mean ranking loss, share of pairs in the right order."""
+    nlls, rank_losses, right = [], [], []
+    for row, (cut, size) in enumerate(zip(cuts, sizes)):
+        order = [position for _, position in by_rank(trajectories, row)]
+        logits = look(model, trajectories, row, order[cut:])
+        window = order[cut:cut + size]
+        nlls.append(mean(-log_p(logits[i])[trajectories.response[row, i]] for i in window))
+        h = [entropy_of(logits[i]) for i in window]
+        rank_losses.append(mean(max(0, r - s + margin) for r, s in itertools.combinations(h, 2)))
+        right += [r < s for r, s in itertools.combinations(h, 2)]
+    nll, rank_loss = mean(nlls), mean(rank_losses)
+    return nll + rank_weight * rank_loss, nll, rank_loss, mean(right)
+
+
+@pytest.mark.parametrize("window_size", [1, 2, 4, 50])
+@pytest.mark.parametrize("margin, rank_weight", [(0.0, 1.0), (0.2, 0.5), (3.0, 2.0)])
+def test_tabom_is_eq_9(window_size, margin, rank_weight):
+    """With given cuts: what the window should say plus rank_weight times in which order."""
+    model, trajectories = TinyModel(), random_trajectories(6)
+    for cuts in ([0] * 6, [0, 1, 2, 3, 4, 1], [5, 4, 2, 5, 4, 2]):
+        loss, metrics = tabom_loss(model, trajectories, mask_id=MASK, n_visible=torch.tensor(cuts),
+                                   window_size=window_size, margin=margin, rank_weight=rank_weight)
+        assert drawn_cuts(model, trajectories) == cuts
+        expected = naive_tabom(model, trajectories, cuts, [window_size] * 6, margin, rank_weight)
+        for got, want in zip((loss, metrics["nll"], metrics["rank_loss"], metrics["pair_accuracy"]),
+                             expected, strict=True):
+            assert close(got, want)
+
+
+def test_tabom_gradient_is_that_of_eq_9():
+    """The gradient too: the ranking term reaches the logits through their entropies."""
+    table = torch.randn(1, N, V, generator=seeded(), dtype=torch.float32)
+    trajectories = random_trajectories(1, n_given=(1,))
+    settings = {"window_size": 3, "margin": 0.5, "rank_weight": 2.0, "n_visible": torch.tensor([1])}
+    leaf = table.clone().requires_grad_()
+    tabom_loss(Scripted(leaf), trajectories, mask_id=MASK, **settings)[0].backward()
+    window = segment_masks(trajectories.decode_rank, 1, 3)[2]
+    assert torch.equal(leaf.grad.abs().sum(-1) > 0, window)
+    for i, v in itertools.product(range(N), range(V)):          # finite differences of the loop
+        difference = 0.0
+        for sign in (1, -1):
+            moved = table.double().clone()
+            moved[0, i, v] += sign * 1e-4
+            value, *_ = naive_tabom(Scripted(moved), trajectories, [1], [3], 0.5, 2.0)
+            difference += sign * value / 2e-4
+        assert close(leaf.grad[0, i, v], difference, 1e-3)
+
+
+def test_tabom_draws_every_cut_equally_often():
+    """By default the cut is uniform on 0 .. n-1, n being the decoded positions of that row."""
+    trajectories = random_trajectories(6000, n_given=(0, 2))
+    model = Scripted(torch.zeros(N, V))
+    tabom_loss(model, trajectories, mask_id=MASK, generator=seeded(), window_size=2, margin=0.2,
+               rank_weight=1.0)
+    cuts = drawn_cuts(model, trajectories)
+    for first, n in ((0, 6), (1, 4)):
+        counts = [cuts[first::2].count(cut) for cut in range(n)]
+        assert sum(counts) == 3000
+        assert chi_square(counts, [3000 / n] * n) < 25.7
+
+
+def test_tabom_with_drawn_cuts_is_eq_9_too():
+    """The drawn cut is used for the state and for the window alike."""
+    for seed in range(10):
+        model, trajectories = TinyModel(), random_trajectories(6, seed)
+        loss, _ = tabom_loss(model, trajectories, mask_id=MASK, generator=seeded(seed),
+                             window_size=3, margin=0.2, rank_weight=1.5)
+        cuts = drawn_cuts(model, trajectories)
+        assert close(loss, naive_tabom(model, trajectories, cuts, [3] * 6, 0.2, 1.5)[0])
+
+
+def test_trajectory_masking_is_tabom_without_ranking():
+    """lambda = 0: the loss is the cross-entropy of the window alone, at the same drawn cuts."""
+    model, trajectories = TinyModel(), random_trajectories(12)
+    loss, metrics = trajectory_loss(model, trajectories, mask_id=MASK, generator=seeded(4),
+                                    window_size=3)
+    cuts = drawn_cuts(model, trajectories)
+    same, _ = tabom_loss(model, trajectories, mask_id=MASK, generator=seeded(4), window_size=3,
+                         margin=0.2, rank_weight=0.0)
+    assert loss == same == metrics["nll"]
+    assert close(loss, naive_tabom(model, trajectories, cuts, [3] * 12, 0.0, 0.0)[1])
+    cuts = torch.tensor([0, 1, 2] * 4)
+    loss, _ = trajectory_loss(model, trajectories, mask_id=MASK, window_size=2, n_visible=cuts)
+    assert close(loss, naive_tabom(model, trajectories, cuts.tolist(), [2] * 12, 0.0, 0.0)[1])
+
+
+# ---- dInfer --------------------------------------------------------------------------------------
+
+def test_dinfer_supervises_what_lies_between_two_times():
+    """Show the earlier state; supervise exactly the tokens revealed until the later one."""
+    model, trajectories = TinyModel(), random_trajectories(6)
+    start, end = [0, 1, 2, 3, 0, 1], [6, 2, 3, 5, 5, 3]
+    loss, metrics = dinfer_loss(model, trajectories, mask_id=MASK,
+                                times=(torch.tensor(start), torch.tensor(end)))
+    assert drawn_cuts(model, trajectories) == start
+    sizes = [later - earlier for earlier, later in zip(start, end)]
+    expected = naive_tabom(model, trajectories, start, sizes, 0.0, 0.0)[1]
+    assert close(loss, expected) and close(metrics["nll"], expected)
+
+
+def test_dinfer_from_start_to_end_is_plain_cross_entropy():
+    """times = (0, N): predict the whole response from the prompt alone."""
+    model, trajectories = TinyModel(), random_trajectories(6, n_given=(0,))
+    times = torch.zeros(6, dtype=torch.int64), torch.full((6,), N)
+    loss, _ = dinfer_loss(model, trajectories, mask_id=MASK, times=times)
+    assert close(loss, naive_nelbo(model, trajectories, [range(N)] * 6))
+
+
+def test_dinfer_draws_every_pair_of_times_equally_often():
+    """Two different numbers from 0 .. n: all n(n+1)/2 pairs, full jumps and the last token too."""
+    trajectories = random_trajectories(6000, n_given=(2,))               # n = 4: ten pairs
+    model = Scripted(torch.zeros(6000, N, V, requires_grad=True))
+    dinfer_loss(model, trajectories, mask_id=MASK, generator=seeded())[0].backward()
+    supervised = model.table.grad.abs().sum(-1) > 0
+    drawn = []
+    for row, start in enumerate(drawn_cuts(model, trajectories)):
+        ranks = sorted(trajectories.decode_rank[row][supervised[row]].tolist())
+        assert ranks == list(range(start, start + len(ranks)))           # from the start, no gaps
+        drawn.append((start, start + len(ranks)))
+    counts = [drawn.count(pair) for pair in itertools.combinations(range(5), 2)]
+    assert sum(counts) == 6000
+    assert chi_square(counts, [600] * 10) < 33.7                         # p = 1e-4 at 9 df
+
+
+# ---- T3D -----------------------------------------------------------------------------------------
+
+def naive_t3d(model, reference, trajectories, cuts, a, b, c):
+    """The formula of `t3d_loss` row by row -> loss, mean preference term, mean path term."""
+    preferences, paths = [], []
+    for row, cut in enumerate(cuts):
+        order = [position for _, position in by_rank(trajectories, row)]
+        hidden, n_masked = order[cut:], len(order) - cut
+        ours, theirs = (look(m, trajectories, row, hidden) for m in (model, reference))
+        written = {i: int(trajectories.response[row, i]) for i in hidden}
+        other = {i: int(theirs[i].argmax()) for i in hidden}
+
+        def l(logits, y):
+            return mean(log_p(logits[i])[y[i]] for i in hidden)
+
+        better = 1 / (1 + math.exp(-b * (l(ours, written) - l(theirs, written))))
+        worse = 1 / (1 + math.exp(-b * (l(ours, other) - l(theirs, other))))
+        preferences.append(-math.log(better) - a * math.log(1 - worse))
+        paths.append(sum((n_masked - k) / n_masked * -log_p(ours[i])[written[i]]
+                         for k, i in enumerate(hidden)))
+    return mean(preferences) + c * mean(paths), mean(preferences), mean(paths)
+
+
+@pytest.mark.parametrize("own", [{}, {"a": 2.0, "b": 1.5, "c": 0.7}, {"a": 0.0, "c": 0.0}])
+def test_t3d_is_its_formula(own):
+    """Preference and path terms against a loop, at the drawn cuts; the default a, b, c too."""
+    for seed in range(5):
+        model, reference, trajectories = TinyModel(), TinyModel(9), random_trajectories(6, seed)
+        loss, metrics = t3d_loss(model, trajectories, mask_id=MASK, generator=seeded(seed),
+                                 reference=reference, **own)
+        assert torch.equal(model.seen[0], reference.seen[0])             # both see the same state
+        cuts = drawn_cuts(model, trajectories)
+        constants = {"a": 0.5, "b": 0.1, "c": 0.2, **own}
+        expected = naive_t3d(model, reference, trajectories, cuts, **constants)
+        for got, want in zip((loss, metrics["preference"], metrics["path"]), expected, strict=True):
+            assert close(got, want)
+
+
+def test_t3d_starts_at_one_and_a_half_log_two():
+    """At reference = model both ratios are 0, so the first two terms are (1 + a) log 2."""
+    model, trajectories = TinyModel(), random_trajectories()
+    for a in (0.5, 2.0):
+        loss, metrics = t3d_loss(model, trajectories, mask_id=MASK, generator=seeded(),
+                                 reference=model, a=a, c=0.2)
+        assert close(metrics["preference"], (1 + a) * math.log(2))
+        assert close(loss, (1 + a) * math.log(2) + 0.2 * metrics["path"])
+
+
+def test_t3d_path_weights_fall_linearly():
+    """The weights are 1, (n-1)/n, ..., 1/n in reveal order: equal -log p makes each one visible."""
+    trajectories = random_trajectories(60, n_given=(0,))
+    model = Scripted(torch.zeros(60, N, V, requires_grad=True))
+    loss, metrics = t3d_loss(model, trajectories, mask_id=MASK, generator=seeded(),
+                             reference=Scripted(torch.zeros(N, V)), c=1.0, a=0.0, b=0.0)
+    loss.backward()
+    cuts = drawn_cuts(model, trajectories)
+    assert close(metrics["path"], mean((N - cut + 1) / 2 * math.log(V) for cut in cuts))
+    for row, cut in enumerate(cuts):
+        for rank, position in by_rank(trajectories, row):
+            token = trajectories.response[row, position]
+            weight = max(0, N - rank) / (N - cut) if rank >= cut else 0
+            assert close(model.table.grad[row, position, token], -weight * (1 - 1 / V) / 60)
+
+
+def test_t3d_does_not_train_its_reference():
+    """The reference is frozen: no gradient ever reaches it."""
+    model, reference = TinyModel(), TinyModel(9)
+    t3d_loss(model, random_trajectories(), mask_id=MASK, generator=seeded(),
+             reference=reference)[0].backward()
+    assert all(weight.grad is None for weight in reference.parameters())
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_t3d_draws_every_cut_equally_often():
+    """The cut is uniform on 0 .. n-1, as for TABOM."""
+    trajectories = random_trajectories(6000, n_given=(0,))
+    model = Scripted(torch.zeros(N, V))
+    t3d_loss(model, trajectories, mask_id=MASK, generator=seeded(), reference=model)
+    counts = [drawn_cuts(model, trajectories).count(cut) for cut in range(N)]
+    assert sum(counts) == 6000 and chi_square(counts, [1000] * N) < 25.7
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_lagged_copy_follows_every_n_calls(every):
+    """Call 0, n, 2n, ... bring the copy up to date; in between it stays behind, frozen."""
+    model = nn.Linear(1, 1, bias=False)
+    lagged = LaggedCopy(model, every=every)
+    outputs = []
+    for step in range(8):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        output = lagged(torch.ones(1, 1))
+        assert not output.requires_grad
+        outputs.append(output.item())
+    assert outputs == [step // every * every for step in range(8)]
+    assert model.weight.requires_grad and model.weight.item() == 7      # the model is left alone
+    assert LaggedCopy(model).every == 10
+
+
+# ==================================================================================================
+# Trajectory discrimination score (Eq. 10-11)
+# ==================================================================================================
+
+def test_discrimination_score_by_hand():
+    """Population variance over the masked positions: entropies 1 and 3 give 1, in nats squared."""
+    entropy = torch.tensor([[1.0, 3.0, 50.0], [1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [9.0, 1.0, 1.0],
+                            [9.0, 1.0, 1.0]])
+    masked = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
+    score = trajectory_discrimination_score(entropy, masked)
+    torch.testing.assert_close(score, torch.tensor([1.0, 14 / 3, 0.0, 0.0, 0.0]))
+
+
+def test_discrimination_score_is_not_moved_by_what_is_visible():
+    """Visible positions may hold anything, even nan, and a common shift changes nothing."""
+    entropy = torch.rand(4, 9, generator=seeded())
+    masked = torch.rand(4, 9, generator=seeded(1)) < 0.6
+    expected = torch.stack([row[inside].var(correction=0) for row, inside in zip(entropy, masked)])
+    torch.testing.assert_close(trajectory_discrimination_score(entropy, masked), expected)
+    torch.testing.assert_close(trajectory_discrimination_score(entropy + 5, masked), expected)
+    hidden = entropy.masked_fill(~masked, torch.nan)
+    torch.testing.assert_close(trajectory_discrimination_score(hidden, masked), expected)
+
+
+@pytest.mark.parametrize("eos_id", [None, 0])
+def test_discrimination_curve_replays_the_trajectory(eos_id):
+    """Column k is the score of the state with k tokens revealed, recomputed here row by row."""
+    model, trajectories = TinyModel(), random_trajectories(9)
+    scores, counted = discrimination_curve(model, trajectories, mask_id=MASK, eos_id=eos_id)
+    assert scores.shape == counted.shape == (9, N) and not scores.requires_grad
+    excluded = 0
+    for row, k in itertools.product(range(9), range(N)):
+        hidden = [position for rank, position in by_rank(trajectories, row) if rank >= k]
+        logits = look(model, trajectories, row, hidden)
+        response = trajectories.response[row].tolist()
+        ends = [i for i in range(N) if i not in hidden and response[i] == eos_id]
+        kept = [i for i in hidden if not ends or i < ends[0]]
+        excluded += len(hidden) - len(kept)
+        h = [entropy_of(logits[i]) for i in kept]
+        assert close(scores[row, k], mean((value - mean(h)) ** 2 for value in h))
+        assert counted[row, k] == (len(kept) >= 2)
+    assert (excluded > 0) == (eos_id is not None)                        # the case does occur
+
+
+def test_discrimination_curve_stops_at_the_first_revealed_end():
+    """By hand: the end token at position 2 hides 3 and 4 once revealed, and not a step earlier."""
+    table = from_probabilities([[.9, .1], [.5, .5], [.8, .2], [.7, .3], [.6, .4]])
+    h = [entropy_of(row) for row in table]
+    trajectories = Trajectories(prompts(1), torch.tensor([[0, 0, 1, 1, 1]]),
+                                torch.tensor([[2, 3, 0, 1, 4]]), torch.zeros(1, 5))
+    scores, counted = discrimination_curve(Scripted(table), trajectories, mask_id=2, eos_id=1)
+
+    def variance(*positions):
+        values = [h[i] for i in positions]
+        return mean((value - mean(values)) ** 2 for value in values)
+
+    expected = [variance(0, 1, 2, 3, 4), variance(0, 1), variance(0, 1), 0, 0]
+    torch.testing.assert_close(scores, torch.tensor([expected]))
+    assert counted.tolist() == [[True, True, True, False, False]]
+
+
+# ==================================================================================================
+# toy_data: four domains of arithmetic
+# ==================================================================================================
+
+HANDS = ("own", "other")
+
+
+def solved(domain, hand="own"):
+    """All problems of a domain with their solutions; in blank, every pair of factors."""
+    problems = toy_data.all_problems("mul" if domain == "blank" else domain)
+    first, second = problems.unbind(1)
+    prompt, response, given = toy_data.write_solutions(domain, first, second, hand)
+    return SimpleNamespace(first=first, second=second, prompt=prompt, response=response,
+                           given=given)
+
+
+def line(domain, x, y, hand="own"):
+    """The oracle: the line of one problem, as Python's own arithmetic and formatting write it."""
+    (tens_x, units_x), (tens_y, units_y) = divmod(x, 10), divmod(y, 10)
+    if domain == "add":
+        return f"{x}+{y}={x + y:04d}{units_x + units_y:03d}{tens_x + tens_y:03d}"
+    if domain == "sub":
+        borrowed = 1 if units_x < units_y else 0
+        units = 10 * borrowed + units_x - units_y
+        return f"{x}-{y}={x - y:04d}{borrowed}{units:02d}{tens_x - tens_y:03d}"
+    if hand == "own":
+        return f"{x}×{y}={x * y:04d}{x * units_y:03d}{x * tens_y:03d}"
+    return f"{x}×{y}={x * y:04d}{y * units_x:03d}{y * tens_x:03d}"
+
+
+@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("domain", toy_data.DOMAINS)
+def test_every_solution_is_written_and_checked_right(domain, hand):
+    """All problems, both hands: the line is what Python computes and the checker accepts it."""
+    s = solved(domain, hand)
+    assert len(s.first) == (4095 if domain == "sub" else 8100)
+    written = torch.cat([s.prompt, s.response], 1)
+    assert written.shape[1] == toy_data.PROMPT_LENGTH + toy_data.RESPONSE_LENGTH == 16
+    for x, y, tokens in zip(s.first.tolist(), s.second.tolist(), written.tolist()):
+        assert toy_data.to_text(tokens) == line(domain, x, y, hand)
+    assert toy_data.is_correct(domain, s.prompt, s.response).all()
+
+
+@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("domain", toy_data.DOMAINS)
+def test_the_working_leads_to_the_answer(domain, hand):
+    """units + 10 × tens is the answer, in every domain and hand; a borrowed ten is paid back."""
+    s = solved(domain, hand)
+    answer, units, tens = (toy_data.read_number(s.response[:, place]) for place in
+                           (toy_data.ANSWER, toy_data.UNITS_ROW, toy_data.TENS_ROW))
+    if domain == "sub":
+        borrowed, units = units // 100, units % 100
+        tens = tens - borrowed
+    assert torch.equal(units + 10 * tens, answer)
+
+
+@pytest.mark.parametrize("domain", toy_data.DOMAINS)
+def test_given_positions(domain):
+    """The second number and "=" are given, except in blank, where the factor is to be chosen."""
+    expected = [domain != "blank"] * 2 + [True] + [False] * 10
+    assert (solved(domain).given == torch.tensor(expected)).all()
+
+
+def test_lines_of_the_docstring():
+    """What the module promises at its top is what it writes."""
+    x, y = torch.tensor([47]), torch.tensor([85])
+    for domain, first, second, text in (("mul", x, y, "47×85=3995235376"),
+                                        ("add", x, y, "47+85=0132012012"),
+                                        ("sub", y, x, "85-47=0038108004")):
+        prompt, response, _ = toy_data.write_solutions(domain, first, second)
+        assert toy_data.to_text([*prompt[0], *response[0]]) == text
+        assert text in toy_data.__doc__
+    prompt, response, given = toy_data.write_solutions("blank", x, y)
+    shown = torch.cat([prompt, response.masked_fill(~given, toy_data.MASK_ID)], 1)[0]
+    assert toy_data.to_text(shown) == "47×__=__________"
+    assert "47×__=__________" in toy_data.__doc__
+    _, response, _ = toy_data.write_solutions("mul", x, y, hand="other")
+    assert toy_data.to_text(response[0]) == "85=3995595340"              # 85 × 7, then 85 × 4
+
+
+@pytest.mark.parametrize("domain", toy_data.DOMAINS)
+def test_the_checker_rejects_every_changed_digit(domain):
+    """No answer with one digit changed passes, at any place, in any problem."""
+    s = solved(domain)
+    for position, change in itertools.product(range(3, 7), range(1, 10)):
+        wrong = s.response.clone()
+        wrong[:, position] = (wrong[:, position] + change) % 10
+        assert not toy_data.is_correct(domain, s.prompt, wrong).any()
+
+
+@pytest.mark.parametrize("domain", toy_data.DOMAINS)
+def test_the_checker_rejects_what_is_not_a_digit(domain):
+    """Any other token in the second number or the answer, [MASK] too, is wrong."""
+    s = solved(domain)
+    for position, token in itertools.product((0, 1, 3, 4, 5, 6), range(10, toy_data.MASK_ID + 1)):
+        wrong = s.response.clone()
+        wrong[:, position] = token
+        assert not toy_data.is_correct(domain, s.prompt, wrong).any()
+
+
+def test_the_checker_wants_a_factor_of_two_digits():
+    """47×05=0235 is right arithmetic and a way out of the task: numbers below 10 do not count."""
+    first, second = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10)).unbind(1)
+    for domain in toy_data.DOMAINS:
+        prompt, response, _ = toy_data.write_solutions(domain, first, second)
+        assert not toy_data.is_correct(domain, prompt, response).any()
+
+
+def test_the_checker_reads_the_answer_and_not_the_working():
+    """A wrong working does not matter; a second number that does not fit the answer does."""
+    for domain in toy_data.DOMAINS:
+        s = solved(domain)
+        s.response[:, 7:] = toy_data.EQUALS_ID
+        assert toy_data.is_correct(domain, s.prompt, s.response).all()
+        s.response[:, 1] = (s.response[:, 1] + 1) % 10
+        assert not toy_data.is_correct(domain, s.prompt, s.response).any()
+
+
+def test_text_and_tokens_are_inverse():
+    """encode and to_text undo each other on every character, "_" being [MASK]."""
+    text = toy_data.VOCABULARY + "_"
+    assert toy_data.encode(text) == list(range(len(text))) and toy_data.MASK_ID == len(text) - 1
+    assert toy_data.to_text(toy_data.encode(text)) == text
+    assert toy_data.to_text(torch.tensor(toy_data.encode("47×__=__________"))) == "47×__=__________"
+    assert toy_data.VOCABULARY[toy_data.EQUALS_ID] == "="
+    assert toy_data.encode("0123456789") == list(range(10))      # a digit is its own token id
+
+
+def test_numbers_and_digits_are_inverse():
+    """digits pads with leading zeros; read_number gives -1 where a token is not a digit."""
+    numbers = torch.tensor([0, 7, 42, 305, 999])
+    expected = [[int(digit) for digit in f"{number:03d}"] for number in numbers.tolist()]
+    assert toy_data.digits(numbers, 3).tolist() == expected
+    assert torch.equal(toy_data.read_number(toy_data.digits(numbers, 4)), numbers)
+    assert toy_data.read_number(torch.tensor([[1, 10], [15, 0], [1, 0]])).tolist() == [-1, -1, 10]
+
+
+@pytest.mark.parametrize("new_domain", toy_data.SPLIT_SIZES)
+def test_splits_are_disjoint_and_complete(new_domain):
+    """Every problem is in exactly one of the four parts, and the parts have the promised sizes."""
+    for seed in range(4):
+        splits = toy_data.split_problems(new_domain, seed)
+        assert set(splits) == set(toy_data.CORPUS_SHARES[new_domain])
+        for domain, parts in splits.items():
+            assert list(parts) == ["corpus", "query", "validation", "test"]
+            assert tuple(map(len, parts.values()))[:3] == toy_data.SPLIT_SIZES[new_domain][domain]
+            assert len(parts["test"]) >= 30
+            everything = [tuple(problem) for part in parts.values() for problem in part.tolist()]
+            assert len(everything) == len(set(everything))
+            assert set(everything) == set(map(tuple, toy_data.all_problems(domain).tolist()))
+
+
+def test_all_problems():
+    """Two-digit numbers; sub never goes below zero; a problem of blank is its first factor."""
+    pairs = list(itertools.product(range(10, 100), repeat=2))
+    for domain, expected in (("add", pairs), ("mul", pairs),
+                             ("sub", [(x, y) for x, y in pairs if x >= y]),
+                             ("blank", [(x, 0) for x in range(10, 100)])):
+        assert list(map(tuple, toy_data.all_problems(domain).tolist())) == expected
+
+
+@pytest.mark.parametrize("new_domain", toy_data.SPLIT_SIZES)
+def test_splits_follow_the_seed(new_domain):
+    """The same seed gives the same split, another seed another one, in every domain."""
+    one, same, other = (toy_data.split_problems(new_domain, seed) for seed in (1, 1, 2))
+    for domain in one:
+        assert torch.equal(one[domain]["corpus"], same[domain]["corpus"])
+        assert torch.equal(one[domain]["test"], same[domain]["test"])
+        assert not torch.equal(one[domain]["corpus"].sort(0)[0], other[domain]["corpus"].sort(0)[0])
+
+
+@pytest.mark.parametrize("new_domain", toy_data.SPLIT_SIZES)
+def test_corpus_has_its_shares_and_only_corpus_problems(new_domain):
+    """Weights sum to the share of each domain; every line is right and none is of another part."""
+    splits = toy_data.split_problems(new_domain, 0)
+    prompt, response, given, weight = toy_data.pretraining_corpus(new_domain, splits)
+    assert len(prompt) == len(response) == len(given) == len(weight)
+    first = toy_data.read_number(prompt[:, :2])
+    second = toy_data.read_number(response[:, toy_data.FACTOR])
+    found = 0
+    for domain, share in toy_data.CORPUS_SHARES[new_domain].items():
+        operator = toy_data.VOCABULARY.index(toy_data.OPERATOR[domain])
+        rows = (prompt[:, 2] == operator) & (given[:, 0] == (domain != "blank"))
+        found += int(rows.sum())
+        assert close(weight[rows].sum(), share)
+        assert weight[rows].min() == weight[rows].max() > 0
+        assert toy_data.is_correct(domain, prompt[rows], response[rows]).all()
+        lines = sorted(zip(first[rows].tolist(), second[rows].tolist()))
+        corpus = splits[domain]["corpus"].tolist()
+        expected = ([(x, y) for x, _ in corpus for y in range(10, 100)] if domain == "blank"
+                    else map(tuple, corpus))
+        assert lines == sorted(expected)
+    assert found == len(prompt) and close(weight.sum(), 1)
+
+
+def test_best_order_is_factor_working_answer():
+    """A permutation of the response that never writes a digit before those it is computed from."""
+    order = toy_data.BEST_ORDER.argsort().tolist()              # turn of each position -> positions
+    assert sorted(order) == list(range(toy_data.RESPONSE_LENGTH))
+    working = {*range(7, 13)}
+    assert set(order[:3]) == {0, 1, 2} and set(order[3:9]) == working
+    for row in (toy_data.ANSWER, toy_data.UNITS_ROW, toy_data.TENS_ROW):    # the last digit first
+        places = list(range(toy_data.RESPONSE_LENGTH))[row]
+        assert [place for place in order if place in places] == places[::-1]
+
+
+@pytest.mark.parametrize("order", [toy_data.BEST_ORDER, toy_data.LEFT_TO_RIGHT])
+def test_fixed_orders_are_what_decode_expects(order):
+    """The two orders give the turn of each position: decoded by them, the ranks are these turns."""
+    model = Scripted(torch.zeros(toy_data.RESPONSE_LENGTH, len(toy_data.VOCABULARY)))
+    got = decode(model, prompts(1), toy_data.RESPONSE_LENGTH, mask_id=toy_data.MASK_ID, order=order)
+    assert torch.equal(got.decode_rank[0], order)
+
+
+def one_answer(text):
+    """A line of 16 characters -> its prompt and its response."""
+    tokens = torch.tensor(toy_data.encode(text))
+    return tokens[:3], tokens[3:]
+
+
+def test_in_words_gives_the_verdict_of_the_checker():
+    """The sentence says "right" exactly where is_correct does, and when the factor came."""
+    given, chosen = torch.full((13,), -1), torch.tensor([4, 0, -1, *range(1, 4), *range(5, 12)])
+    for text, domain in (("47×85=3995235376", "mul"), ("47×85=3985235376", "mul"),
+                         ("47×05=0235235000", "mul"), ("47+85=0132012012", "add"),
+                         ("47+85=013=012012", "add"), ("85-47=0038108004", "sub")):
+        prompt, response = one_answer(text)
+        said = toy_data.in_words(prompt, response, given)
+        right = toy_data.is_correct(domain, prompt[None], response[None]).item()
+        assert ("right" in said, "wrong" in said) == (right, not right)
+        assert "steps" not in said
+        assert "steps 5 and 1" in toy_data.in_words(prompt, response, chosen)
+
+
+def test_draw_state_writes_marks_and_shades():
+    """Revealed tokens are written, the newest is marked, and masked ones are shaded."""
+    prompt, response = one_answer("47×85=3995235376")
+    decode_rank = torch.tensor([-1, -1, -1, 9, 8, 7, 6, 0, 1, 2, 3, 4, 5])
+    entropy = torch.linspace(2.4, 0, 13)
+    for n_visible in range(11):
+        text = toy_data.draw_state(prompt, response, decode_rank, entropy, n_visible, styled=False)
+        assert text.startswith("47×")
+        newest = [str(int(token)) for token, rank in zip(response, decode_rank)
+                  if rank == n_visible - 1 and rank >= 0]
+        assert re.findall(r"\[(.)\]", text) == newest        # none before the first step
+        revealed = toy_data.to_text(response[decode_rank < n_visible])
+        assert re.sub(r"[^0-9=]", "", text[3:]) == revealed
+    sure, unsure = (toy_data.draw_state(prompt, response, decode_rank, torch.full((13,), nats), 0,
+                                        styled=False) for nats in (0.0, 9.0))
+    assert sure.count("#") == 0 and unsure.count("#") == 10
+    styled = toy_data.draw_state(prompt, response, decode_rank, entropy, 1, styled=True)
+    assert "\033[7m2\033[0m" in styled
+
+
+def test_toy_data_names_what_it_does_not_know():
+    """A misspelt domain or hand is an error, not another domain."""
+    number = torch.tensor([12])
+    with pytest.raises(ValueError, match="unknown domain 'div'"):
+        toy_data.write_solutions("div", number, number)
+    with pytest.raises(ValueError, match="'own' or 'other'"):
+        toy_data.write_solutions("mul", number, number, hand="left")
+    with pytest.raises(ValueError, match="new_domain"):
+        toy_data.split_problems("add", 0)
+
+
+# ==================================================================================================
+# THE LOWER HALF OF tabom.py (denoiser, training loop, command line): its tests go below this line
+# ==================================================================================================

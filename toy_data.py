@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""Synthetic arithmetic for TABOM: four domains that share one layout of 16 tokens.
+
+    position   0 1 2   3 4  5  6 7 8 9   10 11 12   13 14 15
+               a a op  b b  =  p p p p    u  u  u    t  t  t
+               prompt  <------------- response ------------->
+
+p is the answer; the working stands *behind* it: u for the units of the second number, t for its tens.
+
+    mul     47×85=3995235376     47 × 85 = 3995;  47 × 5 = 235,  47 × 8 = 376
+    add     47+85=0132012012     47 + 85 = 132;    7 + 5 = 12,    4 + 8 = 12
+    sub     85-47=0038108004     85 - 47 = 38;    15 - 7 = 8 with 1 borrowed (1 08),  8 - 4 = 4
+    blank   47×__=__________     choose the second factor *yourself*, then the same as mul
+
+In mul, add and sub the second number and "=" are *given*: they stand in the response, visible from
+the start, and are neither trained nor decoded.  In blank only "=" is given, so the two digits of the
+factor are written by the model, and every factor from 10 to 99 with the right product is correct.
+
+Why some positions are easy and others hard:
+    the working (u, t)    one digit at a time, easy once both numbers are visible
+    the answer (p)        put together from the working, easiest from its last digit
+    the factor in blank   a free choice among 90: about 2.2 nats for each digit at the start
+So in mul "easy first" means: working, then the product from its last digit, and a masked diffusion
+model finds that by itself.  In blank it goes wrong: the first digit of the product or of the working
+has few likely values and *looks* easier than the free choice it depends on.  Written first, it leaves
+a factor to be found that fits, which is hard.  The good order (factor, working, product) is what the
+model must learn; the skill of multiplying it already has.
+
+Everything here returns plain tensors; nothing here knows how they are used.
+"""
+import torch
+
+VOCABULARY = "0123456789+-×="       # one character per token; [MASK] is an input only
+MASK_ID = len(VOCABULARY)
+EQUALS_ID = VOCABULARY.index("=")
+PROMPT_LENGTH, RESPONSE_LENGTH = 3, 13
+DOMAINS = ("add", "sub", "mul", "blank")
+OPERATOR = {"add": "+", "sub": "-", "mul": "×", "blank": "×"}
+
+# Where things stand inside the response.
+FACTOR, EQUALS, ANSWER, UNITS_ROW, TENS_ROW = (
+    slice(0, 2), slice(2, 3), slice(3, 7), slice(7, 10), slice(10, 13))
+# Two fixed orders, as the turn of each position.  The best one: factor, working, then the answer, the
+# numbers from their last digit.
+LEFT_TO_RIGHT = torch.arange(RESPONSE_LENGTH)
+BEST_ORDER = torch.tensor([0, 1, 2, 9, 8, 7, 12, 11, 10, 6, 5, 4, 3]).argsort()
+
+WHAT_IS_NEW = {
+    "blank": "the base can multiply, but has to choose a factor first and does not know it.",
+    "mul": "the base has seen few multiplications; its order is as good as the best.",
+}
+# Share of each domain in the pretraining corpus, by which domain is the new one.  The new domain
+# must be known a little: a model that never succeeds has nothing to distil.
+CORPUS_SHARES = {
+    "mul": {"add": 0.30, "sub": 0.30, "mul": 0.40},
+    "blank": {"add": 0.12, "sub": 0.12, "mul": 0.64, "blank": 0.12},
+}
+# How many problems of a domain go to (corpus, query, validation); the rest is the test.  A problem
+# of blank is a first factor: there are only 90.  When mul is new, few problems in the corpus make
+# a base that knows it partly and stably; limiting the updates instead would not.
+SPLIT_SIZES = {
+    "mul": {"add": (7000, 0, 400), "sub": (3200, 0, 400), "mul": (2500, 4000, 400)},
+    "blank": {"add": (7000, 0, 400), "sub": (3200, 0, 400), "mul": (7000, 0, 400),
+              "blank": (25, 30, 10)},
+}
+
+
+def encode(text):
+    """"47×85" -> list of token ids.  "_" is a masked position."""
+    return [MASK_ID if character == "_" else VOCABULARY.index(character) for character in text]
+
+
+def to_text(tokens):
+    """Token ids, a list or a 1-D tensor -> text.  The inverse of `encode`."""
+    return "".join((VOCABULARY + "_")[int(token)] for token in tokens)
+
+
+def digits(numbers, width):
+    """(B,) int64 -> (B, width) digits, the most significant first.  A digit is its own token id."""
+    powers = 10 ** torch.arange(width - 1, -1, -1, device=numbers.device)
+    return numbers[:, None] // powers % 10
+
+
+def read_number(tokens):
+    """(B, width) tokens -> (B,) numbers; -1 where a token is not a digit."""
+    powers = 10 ** torch.arange(tokens.shape[1] - 1, -1, -1, device=tokens.device)
+    return torch.where((tokens < 10).all(1), (tokens * powers).sum(1), -1)
+
+
+def write_solutions(domain, first, second, hand="own"):
+    """Problems and their reference solutions.
+
+    first, second (B,) int64: the two numbers.  Returns prompt (B, 3) int64, response (B, 13) int64
+    and given (B, 13) bool, the response positions that are visible from the start.
+
+    hand "own" is the writing of the pretraining corpus.  "other" is that of somebody who multiplies
+    the other way round (47 × 85: 85 × 7 = 595 and 85 × 4 = 340): just as right, but not what the
+    model would write.  It is the toy's version of solutions written by people or by a larger model.
+    add and sub have only one hand.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"unknown domain {domain!r}; the domains are {', '.join(DOMAINS)}.")
+    if hand not in ("own", "other"):
+        raise ValueError(f"unknown hand {hand!r}; solutions are written in the 'own' or 'other' hand.")
+    units, tens = second % 10, second // 10
+    if domain == "add":
+        answer, units_row, tens_row = first + second, first % 10 + units, first // 10 + tens
+    elif domain == "sub":
+        borrowed = (first % 10 < units).long()
+        answer, tens_row = first - second, first // 10 - tens
+        units_row = 100 * borrowed + (first - units) % 10
+    elif hand == "own":
+        answer, units_row, tens_row = first * second, first * units, first * tens
+    else:
+        answer, units_row, tens_row = first * second, second * (first % 10), second * (first // 10)
+    operator = torch.full_like(first, VOCABULARY.index(OPERATOR[domain]))[:, None]
+    equals = torch.full_like(operator, EQUALS_ID)
+    prompt = torch.cat([digits(first, 2), operator], 1)
+    response = torch.cat([digits(second, 2), equals, digits(answer, 4),
+                          digits(units_row, 3), digits(tens_row, 3)], 1)
+    given = torch.zeros_like(response, dtype=torch.bool)
+    given[:, EQUALS] = True
+    given[:, FACTOR] = domain != "blank"
+    return prompt, response, given
+
+
+def is_correct(domain, prompt, response):
+    """The checker: prompt (B, 3), response (B, 13) -> (B,) bool.  It reads the answer, not the working.
+
+    In blank any second factor from 10 to 99 counts when the product is right.
+    """
+    first, second = read_number(prompt[:, :2]), read_number(response[:, FACTOR])
+    answer = {"add": first + second, "sub": first - second}.get(domain, first * second)
+    return (second >= 10) & (read_number(response[:, ANSWER]) == answer)
+
+
+def working_is_right(domain, prompt, response):
+    """Is every written line right, in one hand or the other?  (B, 3), (B, 13) -> (B,) bool."""
+    first, second = read_number(prompt[:, :2]), read_number(response[:, FACTOR])
+    hands = [write_solutions(domain, first, second, hand)[1] for hand in ("own", "other")]
+    return (second >= 10) & ((response == hands[0]).all(1) | (response == hands[1]).all(1))
+
+
+def all_problems(domain):
+    """Every problem of a domain, (n, 2).  In blank the second number is a place-holder: 0."""
+    first, second = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10, 100)).unbind(1)
+    problems = torch.stack([first, second], 1)
+    if domain == "sub":
+        return problems[first >= second]
+    if domain == "blank":
+        return torch.stack([torch.arange(10, 100), torch.zeros(90, dtype=torch.int64)], 1)
+    return problems
+
+
+def split_problems(new_domain, seed):
+    """{domain: {"corpus" | "query" | "validation" | "test": (n, 2) problems}}, disjoint in each domain."""
+    if new_domain not in SPLIT_SIZES:
+        raise ValueError(f"new_domain must be one of {', '.join(SPLIT_SIZES)}, not {new_domain!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    splits = {}
+    for domain, sizes in SPLIT_SIZES[new_domain].items():
+        problems = all_problems(domain)
+        shuffled = problems[torch.randperm(len(problems), generator=generator)]
+        parts = shuffled.split([*sizes, len(problems) - sum(sizes)])
+        splits[domain] = dict(zip(("corpus", "query", "validation", "test"), parts))
+        assert len(torch.cat(parts).unique(dim=0)) == len(problems), "the splits must be disjoint"
+    return splits
+
+
+def pretraining_corpus(new_domain, splits):
+    """All solved corpus problems: prompt, response, given, and weight (n,), the odds of drawing each."""
+    columns = []
+    for domain, share in CORPUS_SHARES[new_domain].items():
+        first, second = splits[domain]["corpus"].unbind(1)
+        if domain == "blank":       # every factor may be chosen
+            first, second = torch.cartesian_prod(first, torch.arange(10, 100)).unbind(1)
+        solved = write_solutions(domain, first, second)
+        columns.append((*solved, torch.full((len(first),), share / len(first))))
+    return tuple(torch.cat(column) for column in zip(*columns))
+
+
+def in_words(prompt, response, decode_rank):
+    """One answer as a sentence: (3,), (13,), (13,) -> text.  Says when the model chose the factor."""
+    domain = next(name for name in DOMAINS if OPERATOR[name] == VOCABULARY[prompt[2]])
+    first, second, answer = (int(read_number(tokens[None]))
+                             for tokens in (prompt[:2], response[FACTOR], response[ANSWER]))
+    right = {"add": first + second, "sub": first - second}.get(domain, first * second)
+    when = ""
+    if decode_rank[0] >= 0:
+        when = f" (its factor was written at steps {decode_rank[0] + 1} and {decode_rank[1] + 1})"
+    verdict = "right" if answer == right and second >= 10 else f"wrong, it is {right}"
+    return f"{first} {OPERATOR[domain]} {second} = {answer}: {verdict}{when}"
+
+
+def draw_state(prompt, response, decode_rank, entropy, n_visible, styled):
+    """One state of a trajectory as a line of text.
+
+    prompt (3,), response and decode_rank (13,), entropy (13,) of the masked positions in nats.  What is
+    visible is written out, what was just revealed is marked, what is masked is shaded by its entropy.
+    """
+    shades, mark, plain = (" ░▒▓█", "\033[7m{}\033[0m", "{}") if styled else (" .:+#", "[{}]", " {} ")
+    cells = []
+    for token, rank, nats in zip(response.tolist(), decode_rank.tolist(), entropy.tolist()):
+        if rank >= n_visible:
+            cells.append(plain.format(shades[min(int(2 * nats), 4)]))
+        else:
+            cells.append((mark if rank == n_visible - 1 >= 0 else plain).format(VOCABULARY[token]))
+    parts = (slice(0, 3), ANSWER, UNITS_ROW, TENS_ROW)
+    return to_text(prompt) + "  ".join("".join(cells[part]) for part in parts)
