@@ -499,7 +499,7 @@ def progress(steps, label):
 
 
 def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, seed, label,
-          weight=None):
+          weight=None, loss_lines=0):
     """AdamW with warm-up, cosine decay, clipping; in place.  weight (n,): odds of drawing a row."""
     device = data.response.device
     batches, masks = random_stream(seed, "batches"), random_stream(seed, "masks", device)
@@ -508,7 +508,7 @@ def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, s
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(
         (update + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * update / updates)))
     model.train()
-    for _ in progress(range(updates), label):
+    for update in progress(range(1, updates + 1), label):
         rows = torch.multinomial(weight, batch_size, replacement=True, generator=batches).to(device)
         loss, _ = loss_fn(model, data[rows], mask_id=toy_data.MASK_ID, generator=masks)
         optimizer.zero_grad()
@@ -516,6 +516,8 @@ def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, s
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if loss_lines and update % max(1, updates // loss_lines) == 0:
+            tqdm.write(f"    update {update:5d}  loss {loss.item():.3f}")
     return model.eval()
 
 
@@ -619,12 +621,16 @@ def evaluate(model, tests, held_out, config, seed):
         _, metrics = trajectory_loss(
             model, held_out, mask_id=toy_data.MASK_ID, window_size=config.window_size,
             generator=random_stream(seed, "masks", held_out.response.device))
+    factors = toy_data.read_number(answers.response[:, toy_data.FACTOR])
+    chosen = factors[(answers.decode_rank[:, 0] >= 0) & (factors >= 0)]
+    share = chosen.bincount() / max(1, len(chosen))                      # of each factor, if chosen
     figures = {
         "new": percent(correct), **old, "old": sum(old.values()) / len(old),
         "2 tok": percent(two_tokens), "TDS": score[counted].mean().item(),
         "pairs": 100 * metrics["pair_accuracy"].item(),
         "gap": percent(best_order) - percent(correct),
-        "factors": len(toy_data.read_number(answers.response[:, toy_data.FACTOR]).unique()),
+        "factors": (share > 0).sum().item(),
+        "effective": torch.special.entr(share).sum().exp().item(),
         "TDS curve": curve[counted.any(0)].tolist(),
         "per problem": [percent(samples) for samples in correct.split(config.samples)]}
     return figures, (answers, correct)
@@ -647,7 +653,8 @@ EXPLANATION = """\
     TDS      variance of the entropies of what is still masked, nats²: is easy told from hard?
     pairs    held-out window pairs whose entropies are in reveal order; chance is 50
     gap      best order minus entropy order, new domain: what a better order could still bring
-    factors  different second factors written: a collapse to a few safe ones is no gain
+    factors  different second factors chosen, and (exp of the entropy of the choice) how many they
+             amount to: a collapse to a few safe ones is a price, not a gain
     In percent but for TDS and factors.  Higher is better but for gap.
 """
 
@@ -673,14 +680,14 @@ def show_results(results):
         change = CHANGE.format(*compare(row, base)) if arm != "No-SFT" else ""
         rows.append([arm, row["new"], change, *(row[domain] for domain in old), row["old"],
                      f"{row['old'] - base['old']:+.1f}", row["2 tok"], f"{row['TDS']:.2f}",
-                     row["pairs"], row["gap"], row["factors"]])
+                     row["pairs"], row["gap"], f"{row['factors']} ({row['effective']:.0f})"])
     show(["arm", "new", "change [95 % interval]", *old, "old", "change", "2 tok", "TDS", "pairs",
           "gap", "factors"], rows)
 
 
 def show_summary(runs):
     """Several seeds: mean and standard deviation; TABOM minus each arm, paired within a seed."""
-    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors")
+    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
     figures = {arm: np.array([[results[arm][name] for name in names] for results in runs])
                for arm in runs[0]}               # (seeds, names)
     differences = {f"TABOM - {arm}": figures["TABOM"] - rows for arm, rows in figures.items()
@@ -735,7 +742,7 @@ def pretrained(config, seed, splits, device, bases):
     *corpus, weight = toy_data.pretraining_corpus(config.new_domain, splits)
     train(model, unranked(*corpus).to(device), nelbo_loss, updates=config.pretrain_updates,
           batch_size=config.pretrain_batch, learning_rate=config.pretrain_learning_rate, warmup=100,
-          seed=seed, label="pretraining", weight=weight)
+          seed=seed, label="pretraining", weight=weight, loss_lines=6)
     bases[seed] = model.state_dict()
     return model
 

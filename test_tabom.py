@@ -9,8 +9,12 @@ which every logit depends on every token, so a state that is wrong anywhere chan
 Run:  python -m pytest -q test_tabom.py
 """
 import itertools
+import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -1065,9 +1069,9 @@ def test_discrimination_curve_replays_the_trajectory(eos_id):
     """Column k is the score of the state with k tokens revealed, recomputed here row by row."""
     model, trajectories = TinyModel(), random_trajectories(9)
     scores, counted = discrimination_curve(model, trajectories, mask_id=MASK, eos_id=eos_id)
-    assert scores.shape == counted.shape == (9, N) and not scores.requires_grad
+    assert scores.shape == counted.shape == (9, N + 1) and not scores.requires_grad
     excluded = 0
-    for row, k in itertools.product(range(9), range(N)):
+    for row, k in itertools.product(range(9), range(N + 1)):
         hidden = [position for rank, position in by_rank(trajectories, row) if rank >= k]
         logits = look(model, trajectories, row, hidden)
         response = trajectories.response[row].tolist()
@@ -1092,9 +1096,9 @@ def test_discrimination_curve_stops_at_the_first_revealed_end():
         values = [h[i] for i in positions]
         return mean((value - mean(values)) ** 2 for value in values)
 
-    expected = [variance(0, 1, 2, 3, 4), variance(0, 1), variance(0, 1), 0, 0]
+    expected = [variance(0, 1, 2, 3, 4), variance(0, 1), variance(0, 1), 0, 0, 0]
     torch.testing.assert_close(scores, torch.tensor([expected]))
-    assert counted.tolist() == [[True, True, True, False, False]]
+    assert counted.tolist() == [[True, True, True, False, False, False]]
 
 
 # ==================================================================================================
@@ -1243,7 +1247,7 @@ def test_splits_are_disjoint_and_complete(new_domain):
         for domain, parts in splits.items():
             assert list(parts) == ["corpus", "query", "validation", "test"]
             assert tuple(map(len, parts.values()))[:3] == toy_data.SPLIT_SIZES[new_domain][domain]
-            assert len(parts["test"]) >= 30
+            assert len(parts["test"]) >= 25
             everything = [tuple(problem) for part in parts.values() for problem in part.tolist()]
             assert len(everything) == len(set(everything))
             assert set(everything) == set(map(tuple, toy_data.all_problems(domain).tolist()))
@@ -1363,5 +1367,203 @@ def test_toy_data_names_what_it_does_not_know():
 
 
 # ==================================================================================================
-# THE LOWER HALF OF tabom.py (denoiser, training loop, command line): its tests go below this line
+# The lower half: denoiser, training loop, demo and command line
 # ==================================================================================================
+
+TINY = ("pretrain_updates=6", "pretrain_batch=8", "queries=24", "rollout_filter=none", "updates=3",
+        "batch_size=8", "test_problems=4", "samples=2", "width=16", "heads=2", "layers=1")
+
+
+def run(*arguments, settings=TINY):
+    """The command line with tiny settings -> its exit code."""
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    return tabom.main([*arguments, *overrides])
+
+
+def figures(path):
+    """What a run reports, but for the time it took."""
+    report = json.loads(path.read_text())
+    for one in report["runs"].values():
+        del one["seconds"]
+    return report
+
+
+@pytest.mark.parametrize("new_domain", ["blank", "mul"])
+def test_the_whole_demo_runs_and_repeats_itself(new_domain, tmp_path, capsys):
+    """Every arm end to end, both toys; the same seed gives the same figures and the same text."""
+    texts = []
+    for name in ("one.json", "two.json"):
+        settings = (*TINY, f"new_domain={new_domain}")
+        assert run("--demo", "--json", str(tmp_path / name), settings=settings) == 0
+        texts.append(re.sub(r"\[ *\d+ s\]|[\d.]+ minutes", "", capsys.readouterr().out))
+    assert texts[0] == texts[1]
+    report = figures(tmp_path / "one.json")
+    assert report == figures(tmp_path / "two.json")
+    assert list(report["runs"]["0"]["arms"]) == ["No-SFT", *tabom.ARMS]
+    assert report["config"]["new_domain"] == new_domain and report["seeds"] == [0]
+    for arm in ("No-SFT", *tabom.ARMS):
+        row = report["runs"]["0"]["arms"][arm]
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+        assert f"\n    {arm}" in texts[0]
+    for claim, held in report["runs"]["0"]["claims"]:
+        assert f"{'held        ' if held else 'did NOT hold'}  {claim}" in texts[0]
+
+
+def test_seeds_arms_base_and_save(tmp_path, capsys):
+    """Several seeds are summarised; a stored base gives what its pretraining gave; --save is a base."""
+    base, saved = str(tmp_path / "base.pt"), str(tmp_path / "tuned.pt")
+    reports = [tmp_path / name for name in ("first.json", "again.json", "more.json")]
+    arms = ("--arms", "TABOM", "SFT-SD")
+    assert run("--demo", *arms, "--base", base, "--save", saved, "--json", str(reports[0])) == 0
+    assert run("--demo", *arms, "--base", base, "--json", str(reports[1])) == 0
+    assert "in the base file" in capsys.readouterr().out
+    assert figures(reports[0]) == figures(reports[1])
+    assert run("--demo", *arms, "--base", base, "--seeds", "0", "3", "--json", str(reports[2])) == 0
+    text, more = capsys.readouterr().out, figures(reports[2])
+    assert more["runs"]["0"] == figures(reports[0])["runs"]["0"]           # seeds do not interfere
+    assert more["runs"]["3"] != more["runs"]["0"]
+    assert list(more["runs"]["0"]["arms"]) == ["No-SFT", "SFT-SD", "TABOM"]
+    assert "TABOM - SFT-SD" in text and "of 2 seeds" in text
+    assert run("--demo", *arms, "--base", saved) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "again.json", "base.pt", "first.json", "more.json", "tuned.pt"]
+
+
+def test_summary_is_mean_spread_and_paired_difference(capsys):
+    """By hand: TABOM 12 and 20, SFT-SD 10 and 12, so the paired difference is 5 ± 4.24."""
+    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
+    runs = [{arm: dict.fromkeys(names, float(value)) for arm, value in values.items()}
+            for values in ({"SFT-SD": 10, "TABOM": 12}, {"SFT-SD": 12, "TABOM": 20})]
+    tabom.show_summary(runs)
+    rows = {line.strip().split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "11.00 ± 1.41" in rows["SFT-SD"] and "16.00 ± 5.66" in rows["TABOM"]
+    assert "5.00 ± 4.24" in rows["TABOM - SFT-SD"]
+
+
+def test_claims_follow_the_figures():
+    """A claim is judged by the figures: turn them round and every judgement turns."""
+    good = {"No-SFT": {"old": 98.0, "TDS": 0.2, "per problem": [0.0, 10.0, 5.0]},
+            "SFT-GT": {"old": 60.0, "TDS": 0.2, "per problem": [10.0, 10.0, 0.0]},
+            "TABOM": {"old": 97.0, "TDS": 0.3, "per problem": [70.0, 80.0, 90.0]}}
+    bad = {"No-SFT": good["TABOM"], "SFT-GT": good["TABOM"], "TABOM": good["SFT-GT"]}
+    assert all(held for _, held in tabom.judge(good, [0.1, 0.2], [0.3, 0.4]))
+    assert not any(held for _, held in tabom.judge(bad, [0.1, 0.4], [0.3, 0.4]))
+
+
+def test_compare_is_paired():
+    """The mean difference, with an interval that is a point when every problem differs alike."""
+    one, other = {"per problem": [10.0, 50.0, 90.0]}, {"per problem": [5.0, 45.0, 85.0]}
+    assert tabom.compare(one, other) == (5.0, 5.0, 5.0)
+    mean_, low, high = tabom.compare(one, {"per problem": [90.0, 50.0, 10.0]})
+    assert mean_ == 0 and low < 0 < high
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--demo", "--set", "colour=red"], "no setting 'colour'"),
+    (["--demo", "--set", "updates"], "'' is no int"),
+    (["--demo", "--set", "updates=many"], "'many' is no int"),
+    (["--demo", "--set", "updates=0"], "updates must be positive"),
+    (["--demo", "--set", "margin=-1"], "margin must be"),
+    (["--demo", "--set", "margin=nan"], "margin must be"),
+    (["--demo", "--set", "new_domain=div"], "new_domain must be one of blank, mul"),
+    (["--demo", "--set", "width=95"], "multiple of heads"),
+    (["--demo", "--set", "queries=64", "--set", "rollout_filter=working"], "rollouts are valid"),
+    (["--demo", "--arms", "SFT-SD", "--save", "{}/x.pt"], "--save"),
+    (["--demo", "--json", "{}/missing/x.json"], "cannot be written"),
+    (["--demo", "--base", "{}"], "cannot be written"),
+    (["--demo", "--base", "{}/foreign.txt"], "no base file"),
+    (["--demo", "--base", "{}/foreign.pt"], "no base file"),
+    (["--demo", "--base", "{}/other.pt"], "other bases"),
+    (["--demo", "--device", "cuda"], "no CUDA device"),
+])
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
+    """Unknown names, values out of range, files that do not fit: one sentence, and nothing is written."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "foreign.txt").write_text("not a model")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
+    torch.save({"kind": {"width": 7}, "weights": {}}, tmp_path / "other.pt")
+    before = sorted(tmp_path.iterdir())
+    tiny = [part for setting in TINY for part in ("--set", setting)]
+    assert tabom.main([arguments[0], *tiny, *(text.format(tmp_path) for text in arguments[1:])]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("tabom.py: ") and error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [["--arms", "SFT-XX"], ["--device", "tpu"], ["--seeds", "x"]])
+def test_argparse_refuses_the_rest(arguments, capsys):
+    """An unknown arm, device or seed also ends with exit code 2 and names what is allowed."""
+    with pytest.raises(SystemExit) as stop:
+        tabom.main(["--demo", *arguments])
+    assert stop.value.code == 2 and "error: argument " + arguments[0] in capsys.readouterr().err
+
+
+def test_without_a_flag_there_is_help(capsys):
+    """No flag: the options, and the one line to start with."""
+    assert tabom.main([]) == 0
+    assert "Start with: python tabom.py --demo" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_a_clean_line(capsys, monkeypatch, tmp_path):
+    """Stopped in the middle: one line, exit code 130, and no file half-written."""
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tabom, "self_distil", interrupted)
+    assert run("--demo", "--json", str(tmp_path / "x.json")) == 130
+    assert capsys.readouterr().err.strip() == "tabom.py: stopped; no file is left half-written."
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """write_whole: the old content stays until the new one is complete, and no debris is left."""
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fails(file):
+        file.write(b"half")
+        raise RuntimeError("disk full")
+    with pytest.raises(RuntimeError):
+        tabom.write_whole(str(path), fails)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_stands_alone(tmp_path):
+    """tabom.py copied without toy_data.py can be imported and used."""
+    shutil.copy(tabom.__file__, tmp_path)
+    code = "import tabom; print(tabom.predictive_entropy(tabom.torch.zeros(2)).item())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) == pytest.approx(math.log(2))
+
+
+def test_the_denoiser_sees_both_sides_and_cannot_write_a_mask():
+    """Bidirectional: the first output depends on the last token.  [MASK] has an input, no output."""
+    torch.manual_seed(0)
+    model = tabom.Denoiser(5, 6, layers=1, width=8, heads=2).eval()
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 5]])
+    changed = tokens.clone()
+    changed[0, -1] = 0
+    assert model(tokens).shape == (1, 6, 5)
+    assert not torch.allclose(model(tokens)[0, 0], model(changed)[0, 0])
+
+
+def test_arms_see_the_same_rows_and_learn():
+    """Two arms with one seed draw the same batches in the same order; training lowers the loss."""
+    data = random_trajectories(40)
+    seen = []
+
+    def spy(model, batch, **settings):
+        seen.append(batch.response)
+        return nelbo_loss(model, batch, **settings)
+    monkey = SimpleNamespace(MASK_ID=MASK)
+    tabom.toy_data = monkey
+    try:
+        models = [TinyModel(), TinyModel()]
+        settings = dict(updates=30, batch_size=8, learning_rate=0.05, warmup=3, seed=5, label="")
+        tabom.train(models[0], data, spy, **settings)
+        tabom.train(models[1], data, lambda model, batch, **kw: spy(model, batch, **kw), **settings)
+    finally:
+        tabom.toy_data = toy_data
+    assert all(torch.equal(a, b) for a, b in zip(seen[:30], seen[30:]))
+    before, after = (nelbo_loss(model, data, mask_id=MASK, mask_ratio=1.0)[0] for model in
+                     (TinyModel(), models[0]))
+    assert after < before - 0.1
