@@ -86,10 +86,8 @@ class Config:
         if self.width % self.heads:
             raise DemoError(f"width {self.width} must be a multiple of heads {self.heads}.")
 
-
 class DemoError(Exception):
     """Something the user of the demo can mend, in one sentence."""
-
 
 CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer", "none"),
            "collect_order": ("entropy", "confidence", "margin", "random"),
@@ -100,7 +98,6 @@ MUL = dict(queries=4000, tries=8, collect_order="entropy", window_size=4, margin
            rank_weight=1.0, test_problems=1200, samples=1, temperature=0.0)
 QUICK = dict(pretrain_updates=150, queries=200, rollout_filter="none", updates=20,
              test_problems=20, samples=2)
-
 
 # == 2. The state: one integer per position ========================================================
 # A trajectory is a response and, for each position, the rank at which it was revealed.  That one
@@ -136,7 +133,6 @@ class Trajectories:
         """(B,) n: all N positions less those that were given."""
         return (self.decode_rank >= 0).sum(1)
 
-
 def segment_masks(decode_rank, n_visible, window_size):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
 
@@ -151,7 +147,6 @@ def segment_masks(decode_rank, n_visible, window_size):
     window = masked & (decode_rank < n_visible + window_size)
     return visible, masked, window
 
-
 def response_logits(model, prompt, x_t, mask_id):
     """The one seam to a model: its logits (B, N, V) for the response in the state x_t (B, N).
 
@@ -163,16 +158,17 @@ def response_logits(model, prompt, x_t, mask_id):
         logits = logits.masked_fill(is_mask, -torch.inf)
     return logits
 
+def require(fact, message):
+    if not fact:
+        raise ValueError(message)
 
 def mean_over_rows(values, chosen):
     """(B, N) -> scalar: mean over the chosen positions of a row (0 without any), then over rows."""
     return (torch.where(chosen, values, 0).sum(1) / chosen.sum(1).clamp(min=1)).mean()
 
-
 def draw_below(limit, generator):
     """(B,) limits -> (B,) int64, each uniform over 0 .. limit-1."""
     return (torch.rand(limit.shape, generator=generator, device=limit.device) * limit).long()
-
 
 # == 3. Predictive entropy: how unsure the model is of a position ==================================
 # The quantity behind everything here: the decoder sorts by it, the ranking loss compares it, the
@@ -187,13 +183,11 @@ def predictive_entropy(logits):
     log_p = log_p.clamp(min=torch.finfo(torch.float32).min)              # 0 * -inf would be nan
     return -(log_p.exp() * log_p).sum(-1)
 
-
 # == 4. Decode from easy to hard, and remember the order (Eq. 2, Def. 1) ===========================
 # Start fully masked.  At each step ask the model about every masked position and write the surest
 # ones.  Noting the rank of each position is all it takes to record a trajectory.
 
 ORDERS = ("entropy", "confidence", "margin", "random")
-
 
 def difficulty(logits, entropy, order, generator):
     """(B, N, V), (B, N) -> (B, N): what is lower is revealed sooner.  For `order` see `decode`."""
@@ -206,7 +200,6 @@ def difficulty(logits, entropy, order, generator):
     best, second = logits.float().softmax(-1).topk(2).values.unbind(-1)
     return -best if order == "confidence" else second - best
 
-
 def pick_tokens(logits, temperature, generator):
     """(n, V) -> (n,): the likeliest tokens, or samples if the temperature is above 0."""
     if temperature == 0:
@@ -214,11 +207,9 @@ def pick_tokens(logits, temperature, generator):
     p = (logits.float() / temperature).softmax(-1)
     return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
-
 def rank_in_row(values):
     """(B, N) -> (B, N) int64: 0 for the smallest of a row; of equal ones the leftmost is first."""
     return values.argsort(dim=1, stable=True).argsort(dim=1)
-
 
 @torch.no_grad()
 def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_per_step=1,
@@ -235,19 +226,15 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
     given            (B, N) int64, for infilling: tokens that stay, and `mask_id` where to decode
     Raises ValueError for a setting out of range, and for a model that returns nan.
     """
-    if not isinstance(order, Tensor) and order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)} or a tensor, not {order!r}.")
+    require(isinstance(order, Tensor) or order in ORDERS,
+            f"order must be one of {', '.join(ORDERS)} or a tensor (N,), not {order!r}.")
     for name, value in (("response_length", response_length), ("tokens_per_step", tokens_per_step),
                         ("block_length", block_length)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}.")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, not {temperature}.")
-    if (prompt == mask_id).any():
-        raise ValueError(f"the prompt contains mask_id ({mask_id}): only responses can be masked.")
+        require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
+    require(temperature >= 0, f"temperature must be 0 or more, not {temperature}.")
+    require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
     shape, device = (len(prompt), response_length), prompt.device
-    if given is not None and given.shape != shape:
-        raise ValueError(f"given must have shape {shape}, not {tuple(given.shape)}.")
+    require(given is None or given.shape == shape, f"given must have the shape {shape}.")
 
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
     masked = response == mask_id                 # kept as a boolean from here on
@@ -257,8 +244,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
     while masked.any():
         logits = response_logits(model, prompt, response, mask_id)       # (B, N, V)
         entropy = predictive_entropy(logits)                             # (B, N)
-        if not entropy.isfinite().all():
-            raise ValueError("the model returned nan or infinite logits: nothing is the easiest.")
+        require(entropy.isfinite().all(), "the model returned nan or infinite logits.")
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
         candidates = masked & (block == current_block)
         score = difficulty(logits, entropy, order, generator)
@@ -273,7 +259,6 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
         masked = masked & ~chosen
     return Trajectories(prompt, response, decode_rank, entropy_at_reveal)
 
-
 # == 5. Training by the book: uniform masking (Eq. 1) ==============================================
 # Hide a random share of the response and predict it.  Any set of positions may be visible, but the
 # decoder above only visits the few easy-to-hard ones.  This is the gap that TABOM closes.
@@ -281,7 +266,6 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
 def token_nll(logits, response):
     """-log p of each token: (B, N, V), (B, N) -> (B, N) float32, nats."""
     return F.cross_entropy(logits.float().transpose(1, 2), response, reduction="none")
-
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
     """Eq. 1: mean over the masked positions of a row, then over rows; ranks are not used.
@@ -300,7 +284,6 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
     loss = mean_over_rows(token_nll(logits, response), masked)           # Eq. 1
     return loss, {"nll": loss.detach()}
 
-
 # == 6. The ranking loss (Eq. 7-8) =================================================================
 # Ideally the model visits a state with probability proportional to exp(-beta * entropy of what it
 # shows).  Fitting that needs a partition function.  Comparing two states that differ in one token
@@ -313,18 +296,15 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     A pair (r, s) has r revealed before s; a row with fewer than two window positions counts 0.
     Returns loss and pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
     """
-    if not entropy.shape == decode_rank.shape == window.shape:
-        shapes = [tuple(tensor.shape) for tensor in (entropy, decode_rank, window)]
-        raise ValueError(f"entropy, decode_rank, window must have one shape (B, N), not {shapes}.")
-    if margin < 0:
-        raise ValueError(f"margin must be 0 nats or more, not {margin}.")
+    shapes = [tuple(tensor.shape) for tensor in (entropy, decode_rank, window)]
+    require(len(set(shapes)) == 1, f"entropy, decode_rank and window must have one shape: {shapes}.")
+    require(margin >= 0, f"margin must be 0 nats or more, not {margin}.")
     pairs = window[:, :, None] & window[:, None, :]                      # (B, N, N)
     pairs &= decode_rank[:, :, None] < decode_rank[:, None, :]           # pairs[b, easier, harder]
     excess = entropy[:, :, None] - entropy[:, None, :]                   # h(r) - h(s), wanted < 0
     loss = mean_over_rows((excess + margin).relu().flatten(1), pairs.flatten(1))      # Eq. 8
     pair_accuracy = ((excess < 0) & pairs).sum() / pairs.sum().clamp(min=1)
     return loss, pair_accuracy
-
 
 # == 7. TABOM (Eq. 9) ==============================================================================
 # Replay a recorded state: show exactly what had been revealed before a random cut.  Then teach two
@@ -350,7 +330,6 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     return loss, {"nll": nll.detach(), "rank_loss": rank_loss.detach(),
                   "pair_accuracy": pair_accuracy}
 
-
 # == 8. The rival arms =============================================================================
 # Each is one function of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions
 # and on the model's own valid responses.
@@ -359,7 +338,6 @@ def trajectory_loss(model, trajectories, *, mask_id, generator=None, window_size
     """Trajectory masking: Eq. 9 with lambda = 0, what comes next but not in which order."""
     return tabom_loss(model, trajectories, mask_id=mask_id, generator=generator, margin=0.0,
                       rank_weight=0.0, window_size=window_size, n_visible=n_visible)
-
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is revealed until a later one.
@@ -375,7 +353,6 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
     start, end = times
     return trajectory_loss(model, trajectories, mask_id=mask_id, n_visible=start,
                            window_size=end - start)
-
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
     """T3D (arXiv 2602.12262): prefer the recorded tokens x0 to y^, what a reference would write.
@@ -404,7 +381,6 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     loss = (preference + c * path).mean()
     return loss, {"preference": preference.mean().detach(), "path": path.mean().detach()}
 
-
 class LaggedCopy:
     """A frozen copy of a model that catches up every `every` calls: the reference of T3D."""
 
@@ -417,7 +393,6 @@ class LaggedCopy:
             self.copy.load_state_dict(self.model.state_dict())
         self.calls += 1
         return self.copy(tokens)
-
 
 # == 9. Trajectory discrimination score (Eq. 10-11) ================================================
 # How well a state tells easy from hard: the variance of the entropies of what is still masked.  A
@@ -432,7 +407,6 @@ def trajectory_discrimination_score(entropy, masked):
     mean = torch.where(masked, entropy, 0).sum(1, keepdim=True) / count
     return (torch.where(masked, entropy - mean, 0) ** 2).sum(1) / count.squeeze(1)
 
-
 @torch.no_grad()
 def replay(model, trajectories, *, mask_id):
     """Yield x_t, masked and entropy, each (B, N), of the states with 0, 1, .. N tokens revealed."""
@@ -441,7 +415,6 @@ def replay(model, trajectories, *, mask_id):
         x_t = trajectories.response.masked_fill(masked, mask_id)
         logits = response_logits(model, trajectories.prompt, x_t, mask_id)
         yield x_t, masked, predictive_entropy(logits)
-
 
 def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
     """Score of each state of recorded trajectories -> score (B, N+1), counted (B, N+1) bool.
@@ -457,7 +430,6 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
         scores.append(trajectory_discrimination_score(entropy, masked))
         counted.append(masked.sum(1) >= 2)
     return torch.stack(scores, 1), torch.stack(counted, 1)
-
 
 # == 10. The denoiser ==============================================================================
 # A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
@@ -484,7 +456,6 @@ class Denoiser(nn.Module):
             x = block(x)                         # attends to both sides: there is no causal mask
         return self.head(self.norm(x))                                   # (B, L+N, V)
 
-
 # == 11. One training loop for pretraining and for every arm =======================================
 
 def random_stream(seed, purpose, device="cpu"):
@@ -492,11 +463,9 @@ def random_stream(seed, purpose, device="cpu"):
     purposes = ("batches", "masks", "collect", "references", "evaluate")
     return torch.Generator(device).manual_seed(len(purposes) * seed + purposes.index(purpose))
 
-
 def progress(steps, label):
     """A bar on stderr for what takes longer than two seconds, if it is a terminal."""
     return tqdm(steps, desc=label, leave=False, delay=2, disable=None)
-
 
 def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, seed, label,
           weight=None, loss_lines=0):
@@ -520,13 +489,11 @@ def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, s
             tqdm.write(f"    update {update:5d}  loss {loss.item():.3f}")
     return model.eval()
 
-
 # == 12. Self-distillation and the arms ============================================================
 # The base answers the queries of the new domain and a checker keeps the right answers: that is all
 # the data there is.  SFT-GT gets a reference solution for the query of every kept answer instead.
 
 ARMS = ("SFT-GT", "SFT-SD", "dInfer", "T3D", "trajectory", "TABOM")
-
 
 def arm_loss(arm, model, config):
     """The loss function of an arm: except for the data of SFT-GT, all in which arms differ."""
@@ -540,16 +507,13 @@ def arm_loss(arm, model, config):
                          rank_weight=config.rank_weight),
     }[arm]
 
-
 def concatenate(parts):
     return Trajectories(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
-
 
 def unranked(prompt, response, given):
     """Solutions as Trajectories.  Nobody decoded them, so their ranks just count from the left."""
     decode_rank = torch.where(given, -1, (~given).cumsum(1) - 1)
     return Trajectories(prompt, response, decode_rank, torch.zeros_like(response).float())
-
 
 def answer(model, domain, problems, generator, **settings):
     """Decode problems (n, 2) -> Trajectories, correct (n,) bool.  Settings as in `decode`."""
@@ -561,7 +525,6 @@ def answer(model, domain, problems, generator, **settings):
                             given=template, generator=generator, **settings))
     answers = concatenate(parts)
     return answers, toy_data.is_correct(domain, answers.prompt, answers.response)
-
 
 def self_distil(base, problems, config, seed):
     """Def. 1 -> distilled and reference Trajectories, row by row of one query; rollouts made."""
@@ -589,14 +552,15 @@ def self_distil(base, problems, config, seed):
     reference = toy_data.write_solutions(config.new_domain, *asked.unbind(1), config.reference_hand)
     return distilled, unranked(*reference), n_rollouts
 
-
 # == 13. Evaluation ================================================================================
 # Always the last checkpoint and every test problem.  blank has few prompts and many right answers:
 # each prompt is sampled many times, and accuracy is kept per problem, to compare arms in pairs.
 
+def say(text=""):
+    print(text, flush=True)
+
 def percent(correct):
     return 100 * correct.float().mean().item()
-
 
 def ask(model, domain, problems, config, seed, **settings):
     """Test problems -> Trajectories, correct: sampled in the new domain, greedy in the old ones."""
@@ -605,7 +569,6 @@ def ask(model, domain, problems, config, seed, **settings):
         problems, temperature = problems.repeat_interleave(config.samples, 0), config.temperature
     return answer(model, domain, problems, random_stream(seed, "evaluate", problems.device),
                   temperature=temperature, **settings)
-
 
 def evaluate(model, tests, held_out, config, seed):
     """All figures of one model, and its answers (Trajectories, correct) in the new domain."""
@@ -635,78 +598,12 @@ def evaluate(model, tests, held_out, config, seed):
         "per problem": [percent(samples) for samples in correct.split(config.samples)]}
     return figures, (answers, correct)
 
-
 def compare(arm, rival):
     """Paired difference in the new domain: mean, 95 % bootstrap interval over test problems."""
     difference = np.subtract(arm["per problem"], rival["per problem"])
     draws = np.random.default_rng(0).integers(len(difference), size=(4000, len(difference)))
-    return difference.mean(), *np.quantile(difference[draws].mean(1), (0.025, 0.975))
-
-
-# == 14. What the demo prints ======================================================================
-
-CHANGE = "{:+.1f} [{:+.1f}, {:+.1f}]"
-EXPLANATION = """\
-    new      right answers in the new domain; change: against No-SFT, paired over test problems
-    old      mean of the old domains; change: what was forgotten
-    2 tok    new, with two tokens written per step
-    TDS      variance of the entropies of what is still masked, nats²: is easy told from hard?
-    pairs    held-out window pairs whose entropies are in reveal order; chance is 50
-    gap      best order minus entropy order, new domain: what a better order could still bring
-    factors  different second factors chosen, and (exp of the entropy of the choice) how many they
-             amount to: a collapse to a few safe ones is a price, not a gain
-    In percent but for TDS and factors.  Higher is better but for gap.
-"""
-
-
-def say(text=""):
-    print(text, flush=True)
-
-
-def show(header, rows):
-    """A table: numbers with one decimal, unless they come as text."""
-    lines = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
-             for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for name, *cells in lines:
-        say("    " + "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
-
-
-def show_results(results):
-    """One seed: a row per arm."""
-    base, rows = results["No-SFT"], []
-    old = [domain for domain in toy_data.DOMAINS if domain in base]
-    for arm, row in results.items():
-        change = CHANGE.format(*compare(row, base)) if arm != "No-SFT" else ""
-        rows.append([arm, row["new"], change, *(row[domain] for domain in old), row["old"],
-                     f"{row['old'] - base['old']:+.1f}", row["2 tok"], f"{row['TDS']:.2f}",
-                     row["pairs"], row["gap"], f"{row['factors']} ({row['effective']:.0f})"])
-    show(["arm", "new", "change [95 % interval]", *old, "old", "change", "2 tok", "TDS", "pairs",
-          "gap", "factors"], rows)
-
-
-def show_summary(runs):
-    """Several seeds: mean and standard deviation; TABOM minus each arm, paired within a seed."""
-    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
-    figures = {arm: np.array([[results[arm][name] for name in names] for results in runs])
-               for arm in runs[0]}               # (seeds, names)
-    differences = {f"TABOM - {arm}": figures["TABOM"] - rows for arm, rows in figures.items()
-                   if arm != "TABOM"} if "TABOM" in figures else {}
-    say(f"\nMean ± standard deviation of {len(runs)} seeds; differences are paired within a seed")
-    show(["arm", *names], [[arm, *map("{:.2f} ± {:.2f}".format, rows.mean(0), rows.std(0, ddof=1))]
-                           for arm, rows in {**figures, **differences}.items()])
-
-
-def show_differences(base, tuned):
-    """In words: three problems that the base got wrong and TABOM right, and one the other way."""
-    (before, was_right), (after, is_right) = base, tuned
-    for rows, count in ((~was_right & is_right, 3), (was_right & ~is_right, 1)):
-        rows = rows.nonzero()[:, 0].tolist()
-        for row in rows[::max(1, len(rows) // count)][:count]:
-            for name, one in (("base ", before[row]), ("TABOM", after[row])):
-                say(f"    {name} {toy_data.in_words(one.prompt, one.response, one.decode_rank)}")
-            say()
-
+    low, high = np.quantile(difference[draws].mean(1), (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
 
 def judge(results, own_nll, reference_nll):
     """What the paper promises, judged by the figures of one run: [(claim, held)]."""
@@ -720,16 +617,15 @@ def judge(results, own_nll, reference_nll):
         lost = base["old"] - tabom["old"]
         claims.append((f"TABOM forgets 2 points or less ({lost:.1f})", lost <= 2))
     for arm in [arm for arm in results if tabom and arm != "TABOM"]:
-        gain, low, high = compare(tabom, results[arm])
-        change = CHANGE.format(gain, low, high)
-        claims.append((f"TABOM is ahead of {arm} ({change})", bool(low > 0)))
+        lead = compare(tabom, results[arm])
+        text = f"TABOM is ahead of {arm} ({toy_data.with_interval(*lead)})"
+        claims.append((text, lead[1] > 0))
         if arm in ("No-SFT", "SFT-SD"):
             raised = tabom["TDS"] - results[arm]["TDS"]
             claims.append((f"TABOM raises TDS over {arm} ({raised:+.2f})", raised > 0))
     return claims
 
-
-# == 15. The demo ==================================================================================
+# == 14. The demo ==================================================================================
 
 def pretrained(config, seed, splits, device, bases):
     """The base of a seed: from `bases` {seed: weights} if it is there, else trained and added."""
@@ -745,7 +641,6 @@ def pretrained(config, seed, splits, device, bases):
           seed=seed, label="pretraining", weight=weight, loss_lines=6)
     bases[seed] = model.state_dict()
     return model
-
 
 def run_seed(config, seed, arms, device, bases):
     """The whole chain once -> every figure of the run; the weights of the TABOM model or None."""
@@ -766,7 +661,7 @@ def run_seed(config, seed, arms, device, bases):
               "best": toy_data.BEST_ORDER}
     rows = [[domain, *(percent(ask(base, domain, problems, config, seed, order=order)[1])
                        for order in orders.values())] for domain, problems in tests.items()]
-    show(["domain", *orders, "order gap"], [[*row, row[-1] - row[1]] for row in rows])
+    say(toy_data.table(["domain", *orders, "order gap"], [[*row, row[-1] - row[1]] for row in rows]))
     say("    best: factor, working, answer from its last digit; order gap: best minus entropy\n"
         f"    new is {new}: {toy_data.WHAT_IS_NEW[new]}")
 
@@ -791,8 +686,8 @@ def run_seed(config, seed, arms, device, bases):
             [nelbo_loss(base, data[~training], mask_id=mask_id, mask_ratio=ratio,
                         generator=random_stream(seed, "masks", device))[0].item()
              for ratio in ratios] for data in (distilled, reference))
-    show(["masked", *ratios], [["self-distilled", *map("{:.2f}".format, own_nll)],
-                               ["reference", *map("{:.2f}".format, reference_nll)]])
+    say(toy_data.table(["masked", *ratios], [["self-distilled", *map("{:.2f}".format, own_nll)],
+                                             ["reference", *map("{:.2f}".format, reference_nll)]]))
 
     stage(f"Fine-tune: same base, same batch order, {config.updates} updates, last checkpoint")
     results, answers, tuned = {}, {}, None
@@ -804,22 +699,28 @@ def run_seed(config, seed, arms, device, bases):
                   batch_size=config.batch_size, learning_rate=config.learning_rate,
                   warmup=config.warmup, seed=seed, label=arm)
         results[arm], answers[arm] = evaluate(model, tests, distilled[~training], config, seed)
+        if arm in arms:
+            results[arm]["change"] = compare(results[arm], results["No-SFT"])
         tuned = model.state_dict() if arm == "TABOM" else tuned
         say(f"    {arm:10}  new {results[arm]['new']:5.1f}  old {results[arm]['old']:5.1f}")
 
     stage("The table")
-    say(EXPLANATION)
-    show_results(results)
+    say(toy_data.EXPLANATION)
+    say(toy_data.results_table(results))
     stage("TDS by decoding step, from everything masked to two masked positions")
     shown = [arm for arm in ("No-SFT", "SFT-SD", "TABOM") if arm in results]
     top = max(max(results[arm]["TDS curve"]) for arm in shown)
     for arm in shown:
-        heights = [int(7.99 * score / top) for score in results[arm]["TDS curve"]]
-        blocks = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
-        say(f"    {arm:10}  {blocks}  █ is {top:.2f}")
+        say(f"    {arm:10}  {toy_data.curve(results[arm]['TDS curve'], top)}  █ is {top:.2f}")
     if "TABOM" in arms:
         stage("Three answers that the base got wrong and TABOM right, then one the other way")
-        show_differences(answers["No-SFT"], answers["TABOM"])
+        (before, was_right), (after, is_right) = answers["No-SFT"], answers["TABOM"]
+        for rows, count in ((~was_right & is_right, 3), (was_right & ~is_right, 1)):
+            rows = rows.nonzero()[:, 0]
+            for row in rows[::max(1, len(rows) // count)][:count]:
+                for name, one in (("base ", before[row]), ("TABOM", after[row])):
+                    say(f"    {name} {toy_data.in_words(one.prompt, one.response, one.decode_rank)}")
+                say()
     stage("What this run shows (one seed: figures, no proof)")
     claims = judge(results, own_nll, reference_nll)
     for claim, held in claims:
@@ -828,8 +729,7 @@ def run_seed(config, seed, arms, device, bases):
             "reference nll": reference_nll, "rollouts": n_rollouts, "valid": len(distilled),
             "claims": claims, "seconds": time.time() - started}, tuned
 
-
-# == 16. The command line ==========================================================================
+# == 15. The command line ==========================================================================
 
 def write_whole(path, write):
     """write(file) fills a temporary file, which becomes `path` when it is complete."""
@@ -841,17 +741,14 @@ def write_whole(path, write):
         if os.path.exists(f"{path}.partial"):
             os.remove(f"{path}.partial")
 
-
 def kind_of_base(config):
     """The settings that a stored base must share with the run."""
     return {name: value for name, value in asdict(config).items()
             if name in ("new_domain", "layers", "width", "heads") or name.startswith("pretrain_")}
 
-
 def save_models(path, config, weights):
     contents = {"kind": kind_of_base(config), "weights": weights}
     write_whole(path, lambda file: torch.save(contents, file))
-
 
 def load_models(path, config):
     """{seed: weights} from a file that --base or --save wrote."""
@@ -865,7 +762,6 @@ def load_models(path, config):
         raise DemoError(f"{path} holds other bases ({kind}): name another file, or use --set.")
     return weights
 
-
 def make_config(overrides, quick):
     """["name=value", ...] -> Config, on top of the recipe of the new domain."""
     kinds, values = {field.name: type(field.default) for field in fields(Config)}, {}
@@ -878,7 +774,6 @@ def make_config(overrides, quick):
             raise DemoError(f"--set {name}: {text!r} is no {kinds[name].__name__}.") from error
     recipe = MUL if values.get("new_domain") == "mul" else {}
     return Config(**{**recipe, **(QUICK if quick else {}), **values})
-
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(prog="tabom.py", description=__doc__.split("\n")[0],
@@ -898,7 +793,6 @@ def parse_arguments(arguments):
     if not (options.demo or options.quick):
         parser.print_help()
     return options
-
 
 def demo(options):
     """Check everything first, then run the seeds, writing what was asked for after each."""
@@ -928,14 +822,14 @@ def demo(options):
         if options.save:
             save_models(options.save, config, models)
     if len(runs) > 1:
-        show_summary([run["arms"] for run in runs.values()])
+        say(f"\nMean ± standard deviation of {len(runs)} seeds; differences are paired within a seed")
+        say(toy_data.summary_table([run["arms"] for run in runs.values()]))
     if options.json:
         report = {"config": asdict(config), "seeds": options.seeds, "quick": options.quick,
                   "device": hardware, "torch": torch.__version__,
                   "python": platform.python_version(), "runs": runs}
         write_whole(options.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
     say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes.")
-
 
 def main(arguments=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
@@ -952,7 +846,6 @@ def main(arguments=None):
         print("\ntabom.py: stopped; no file is left half-written.", file=sys.stderr)
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

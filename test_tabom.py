@@ -631,8 +631,8 @@ def test_rows_do_not_wait_for_each_other():
     ({"block_length": -2}, "block_length must be at least 1, not -2"),
     ({"temperature": -0.5}, "temperature must be 0"),
     ({"prompt": torch.tensor([[0, MASK]])}, "the prompt contains mask_id"),
-    ({"given": torch.full((1, N + 1), MASK)}, "given must have shape"),
-    ({"given": torch.full((2, N), MASK)}, "given must have shape"),
+    ({"given": torch.full((1, N + 1), MASK)}, "given must have the shape"),
+    ({"given": torch.full((2, N), MASK)}, "given must have the shape"),
 ])
 def test_decode_refuses_settings_out_of_range(setting, message):
     """A wrong setting is named at once, before the model is asked anything."""
@@ -1429,13 +1429,12 @@ def test_seeds_arms_base_and_save(tmp_path, capsys):
         "again.json", "base.pt", "first.json", "more.json", "tuned.pt"]
 
 
-def test_summary_is_mean_spread_and_paired_difference(capsys):
+def test_summary_is_mean_spread_and_paired_difference():
     """By hand: TABOM 12 and 20, SFT-SD 10 and 12, so the paired difference is 5 ± 4.24."""
     names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
     runs = [{arm: dict.fromkeys(names, float(value)) for arm, value in values.items()}
             for values in ({"SFT-SD": 10, "TABOM": 12}, {"SFT-SD": 12, "TABOM": 20})]
-    tabom.show_summary(runs)
-    rows = {line.strip().split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    rows = {line.strip().split("  ")[0]: line for line in toy_data.summary_table(runs).splitlines()}
     assert "11.00 ± 1.41" in rows["SFT-SD"] and "16.00 ± 5.66" in rows["TABOM"]
     assert "5.00 ± 4.24" in rows["TABOM - SFT-SD"]
 

@@ -26,7 +26,8 @@ has few likely values and *looks* easier than the free choice it depends on.  Wr
 a factor to be found that fits, which is hard.  The good order (factor, working, product) is what the
 model must learn; the skill of multiplying it already has.
 
-Everything here returns plain tensors; nothing here knows how they are used.
+The problems come first, as plain tensors; nothing here knows how they are used.  The last part turns
+answers and figures into the text that the demo prints.
 """
 import torch
 
@@ -177,6 +178,63 @@ def pretraining_corpus(new_domain, splits):
         solved = write_solutions(domain, first, second)
         columns.append((*solved, torch.full((len(first),), share / len(first))))
     return tuple(torch.cat(column) for column in zip(*columns))
+
+
+# == What the demo prints: tensors and figures in, text out ========================================
+
+EXPLANATION = """\
+    new      right answers in the new domain; change: against No-SFT, paired over test problems
+    old      mean of the old domains; change: what was forgotten
+    2 tok    new, with two tokens written per step
+    TDS      variance of the entropies of what is still masked, nats²: is easy told from hard?
+    pairs    held-out window pairs whose entropies are in reveal order; chance is 50
+    gap      best order minus entropy order, new domain: what a better order could still bring
+    factors  different second factors chosen, and (exp of the entropy of the choice) how many they
+             amount to: a collapse to a few safe ones is a price, not a gain
+    In percent but for TDS and factors.  Higher is better but for gap.
+"""
+
+
+def table(header, rows):
+    """Aligned columns: numbers with one decimal, unless they come as text."""
+    lines = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
+             for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("    " + "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+                     for name, *cells in lines)
+
+
+def with_interval(mean, low, high):
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def results_table(results):
+    """One seed, {arm: figures} -> a row per arm."""
+    base, rows = results["No-SFT"], []
+    old = [domain for domain in DOMAINS if domain in base]
+    for arm, row in results.items():
+        change = with_interval(*row["change"]) if arm != "No-SFT" else ""
+        rows.append([arm, row["new"], change, *(row[domain] for domain in old), row["old"],
+                     f"{row['old'] - base['old']:+.1f}", row["2 tok"], f"{row['TDS']:.2f}",
+                     row["pairs"], row["gap"], f"{row['factors']} ({row['effective']:.0f})"])
+    return table(["arm", "new", "change [95 % interval]", *old, "old", "change", "2 tok", "TDS",
+                  "pairs", "gap", "factors"], rows)
+
+
+def summary_table(runs):
+    """Several seeds, [{arm: figures}] -> mean and standard deviation; TABOM minus each arm, paired."""
+    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
+    rows = {arm: torch.tensor([[float(results[arm][name]) for name in names] for results in runs])
+            for arm in runs[0]}                 # (seeds, names)
+    if "TABOM" in rows:
+        rows |= {f"TABOM - {arm}": rows["TABOM"] - row for arm, row in rows.items() if arm != "TABOM"}
+    return table(["arm", *names], [[arm, *map("{:.2f} ± {:.2f}".format, row.mean(0), row.std(0))]
+                                   for arm, row in rows.items()])
+
+
+def curve(values, top):
+    """Numbers from 0 to `top` as a line of block characters."""
+    return "".join("▁▂▃▄▅▆▇█"[int(7.99 * value / top)] for value in values)
 
 
 def in_words(prompt, response, decode_rank):
