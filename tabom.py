@@ -55,11 +55,9 @@ class Config:
     # self-distillation
     queries: int = 48000              # asked in turn, over and over (paper: 12K and 17K)
     tries: int = 1                    # rollouts per query at most, until a valid one (paper: 1)
-    collect_order: str = "random"     # lets the checker select *orders*: in entropy order almost no
-                                      # rollout shows the right one (paper: "entropy")
+    collect_order: str = "random"     # so that the checker selects *orders* (paper: "entropy")
     collect_temperature: float = 1.0  # explores the tokens (paper: low)
-    rollout_filter: str = "working"   # every written line must be right; "answer" reads no working
-                                      # (paper); a control: "none" keeps wrong answers too
+    rollout_filter: str = "working"   # all must be right; "answer": as the paper; "none": a control
     reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
     # fine-tuning, the same for every arm
     updates: int = 400                # (paper: 5 epochs)
@@ -67,14 +65,13 @@ class Config:
     learning_rate: float = 1e-4       # (paper: 2e-5, LoRA)
     warmup: int = 20                  # updates (paper: 50)
     # trajectory masking and TABOM
-    window_size: int = 13             # all: the order to learn is the first tokens against the rest
-                                      # (paper: 32 of 256)
+    window_size: int = 13             # all: the first tokens against the rest (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats (paper: 0.1 to 0.3)
     rank_weight: float = 4.0          # lambda (paper: 1 and 2)
     # evaluation
     split: str = "test"               # "validation" for tuning
     test_problems: int = 400          # per domain at most
-    samples: int = 32                 # answers per problem of the new domain: blank has 30 problems
+    samples: int = 32                 # answers per problem of the new domain: blank has few
     temperature: float = 1.0          # of those answers; the old domains are answered greedily
 
     def __post_init__(self):
@@ -297,7 +294,7 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     Returns loss and pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
     """
     shapes = [tuple(tensor.shape) for tensor in (entropy, decode_rank, window)]
-    require(len(set(shapes)) == 1, f"entropy, decode_rank and window must have one shape: {shapes}.")
+    require(len(set(shapes)) == 1, f"entropy, decode_rank, window need one shape, not {shapes}.")
     require(margin >= 0, f"margin must be 0 nats or more, not {margin}.")
     pairs = window[:, :, None] & window[:, None, :]                      # (B, N, N)
     pairs &= decode_rank[:, :, None] < decode_rank[:, None, :]           # pairs[b, easier, harder]
@@ -546,10 +543,8 @@ def self_distil(base, problems, config, seed):
     if len(distilled) < 16:
         raise DemoError(f"only {len(distilled)} of {n_rollouts} rollouts are valid, too few to "
                         "train on: raise pretrain_updates or queries with --set.")
-    if config.new_domain == "blank":             # the author of a reference picks any factor
-        picks = torch.randint(10, 100, (len(asked),), generator=random_stream(seed, "references"))
-        asked = torch.stack([asked[:, 0], picks.to(asked.device)], 1)
-    reference = toy_data.write_solutions(config.new_domain, *asked.unbind(1), config.reference_hand)
+    reference = toy_data.write_references(config.new_domain, asked, config.reference_hand,
+                                          random_stream(seed, "references"))
     return distilled, unranked(*reference), n_rollouts
 
 # == 13. Evaluation ================================================================================
@@ -584,16 +579,13 @@ def evaluate(model, tests, held_out, config, seed):
         _, metrics = trajectory_loss(
             model, held_out, mask_id=toy_data.MASK_ID, window_size=config.window_size,
             generator=random_stream(seed, "masks", held_out.response.device))
-    factors = toy_data.read_number(answers.response[:, toy_data.FACTOR])
-    chosen = factors[(answers.decode_rank[:, 0] >= 0) & (factors >= 0)]
-    share = chosen.bincount() / max(1, len(chosen))                      # of each factor, if chosen
+    factors, effective = toy_data.count_factors(answers.response, answers.decode_rank)
     figures = {
         "new": percent(correct), **old, "old": sum(old.values()) / len(old),
         "2 tok": percent(two_tokens), "TDS": score[counted].mean().item(),
         "pairs": 100 * metrics["pair_accuracy"].item(),
         "gap": percent(best_order) - percent(correct),
-        "factors": (share > 0).sum().item(),
-        "effective": torch.special.entr(share).sum().exp().item(),
+        "factors": factors, "effective": effective,
         "TDS curve": curve[counted.any(0)].tolist(),
         "per problem": [percent(samples) for samples in correct.split(config.samples)]}
     return figures, (answers, correct)
@@ -661,7 +653,8 @@ def run_seed(config, seed, arms, device, bases):
               "best": toy_data.BEST_ORDER}
     rows = [[domain, *(percent(ask(base, domain, problems, config, seed, order=order)[1])
                        for order in orders.values())] for domain, problems in tests.items()]
-    say(toy_data.table(["domain", *orders, "order gap"], [[*row, row[-1] - row[1]] for row in rows]))
+    rows = [[*row, row[-1] - row[1]] for row in rows]
+    say(toy_data.table(["domain", *orders, "order gap"], rows))
     say("    best: factor, working, answer from its last digit; order gap: best minus entropy\n"
         f"    new is {new}: {toy_data.WHAT_IS_NEW[new]}")
 
@@ -714,13 +707,7 @@ def run_seed(config, seed, arms, device, bases):
         say(f"    {arm:10}  {toy_data.curve(results[arm]['TDS curve'], top)}  █ is {top:.2f}")
     if "TABOM" in arms:
         stage("Three answers that the base got wrong and TABOM right, then one the other way")
-        (before, was_right), (after, is_right) = answers["No-SFT"], answers["TABOM"]
-        for rows, count in ((~was_right & is_right, 3), (was_right & ~is_right, 1)):
-            rows = rows.nonzero()[:, 0]
-            for row in rows[::max(1, len(rows) // count)][:count]:
-                for name, one in (("base ", before[row]), ("TABOM", after[row])):
-                    say(f"    {name} {toy_data.in_words(one.prompt, one.response, one.decode_rank)}")
-                say()
+        say(toy_data.differences(*answers["No-SFT"], *answers["TABOM"]))
     stage("What this run shows (one seed: figures, no proof)")
     claims = judge(results, own_nll, reference_nll)
     for claim, held in claims:
@@ -822,7 +809,7 @@ def demo(options):
         if options.save:
             save_models(options.save, config, models)
     if len(runs) > 1:
-        say(f"\nMean ± standard deviation of {len(runs)} seeds; differences are paired within a seed")
+        say(f"\nMean ± standard deviation of {len(runs)} seeds; differences paired within a seed")
         say(toy_data.summary_table([run["arms"] for run in runs.values()]))
     if options.json:
         report = {"config": asdict(config), "seeds": options.seeds, "quick": options.quick,

@@ -5,29 +5,29 @@
                a a op  b b  =  p p p p    u  u  u    t  t  t
                prompt  <------------- response ------------->
 
-p is the answer; the working stands *behind* it: u for the units of the second number, t for its tens.
+p is the answer; the working stands *behind* it: u for the units of the second number, t the tens.
 
     mul     47×85=3995235376     47 × 85 = 3995;  47 × 5 = 235,  47 × 8 = 376
     add     47+85=0132012012     47 + 85 = 132;    7 + 5 = 12,    4 + 8 = 12
     sub     85-47=0038108004     85 - 47 = 38;    15 - 7 = 8 with 1 borrowed (1 08),  8 - 4 = 4
     blank   47×__=__________     choose the second factor *yourself*, then the same as mul
 
-In mul, add and sub the second number and "=" are *given*: they stand in the response, visible from
-the start, and are neither trained nor decoded.  In blank only "=" is given, so the two digits of the
-factor are written by the model, and every factor from 10 to 99 with the right product is correct.
+In mul, add and sub the second number and "=" are *given*: they stand in the response, visible
+from the start, and are neither trained nor decoded.  In blank only "=" is given: the model writes
+the factor too, and every factor from 10 to 99 with the right product is correct.
 
 Why some positions are easy and others hard:
     the working (u, t)    one digit at a time, easy once both numbers are visible
     the answer (p)        put together from the working, easiest from its last digit
     the factor in blank   a free choice among 90: about 2.2 nats for each digit at the start
 So in mul "easy first" means: working, then the product from its last digit, and a masked diffusion
-model finds that by itself.  In blank it goes wrong: the first digit of the product or of the working
-has few likely values and *looks* easier than the free choice it depends on.  Written first, it leaves
-a factor to be found that fits, which is hard.  The good order (factor, working, product) is what the
-model must learn; the skill of multiplying it already has.
+model finds that by itself.  In blank it goes wrong: the first digit of the product or of the
+working has few likely values and *looks* easier than the free choice it depends on.  Written
+first, it asks for a factor that fits, which is hard to find.  The good order (factor, working,
+product) is what the model must learn; the skill of multiplying it already has.
 
-The problems come first, as plain tensors; nothing here knows how they are used.  The last part turns
-answers and figures into the text that the demo prints.
+The problems come first, as plain tensors; nothing here knows how they are used.  The last part
+turns answers and figures into the text that the demo prints.
 """
 import torch
 
@@ -41,7 +41,7 @@ OPERATOR = {"add": "+", "sub": "-", "mul": "×", "blank": "×"}
 # Where things stand inside the response.
 FACTOR, EQUALS, ANSWER, UNITS_ROW, TENS_ROW = (
     slice(0, 2), slice(2, 3), slice(3, 7), slice(7, 10), slice(10, 13))
-# Two fixed orders, as the turn of each position.  The best one: factor, working, then the answer, the
+# Two fixed orders, as the turn of each position.  The best: factor, working, answer, and the
 # numbers from their last digit.
 LEFT_TO_RIGHT = torch.arange(RESPONSE_LENGTH)
 BEST_ORDER = torch.tensor([0, 1, 2, 9, 8, 7, 12, 11, 10, 6, 5, 4, 3]).argsort()
@@ -102,7 +102,7 @@ def write_solutions(domain, first, second, hand="own"):
     if domain not in DOMAINS:
         raise ValueError(f"unknown domain {domain!r}; the domains are {', '.join(DOMAINS)}.")
     if hand not in ("own", "other"):
-        raise ValueError(f"unknown hand {hand!r}; solutions are written in the 'own' or 'other' hand.")
+        raise ValueError(f"unknown hand {hand!r}; it must be 'own' or 'other'.")
     units, tens = second % 10, second // 10
     if domain == "add":
         answer, units_row, tens_row = first + second, first % 10 + units, first // 10 + tens
@@ -125,8 +125,16 @@ def write_solutions(domain, first, second, hand="own"):
     return prompt, response, given
 
 
+def write_references(domain, problems, hand, generator):
+    """Reference solutions of (n, 2) problems, as `write_solutions`; in blank, of any factor."""
+    first, second = problems.unbind(1)
+    if domain == "blank":
+        second = torch.randint(10, 100, (len(first),), generator=generator).to(first.device)
+    return write_solutions(domain, first, second, hand)
+
+
 def is_correct(domain, prompt, response):
-    """The checker: prompt (B, 3), response (B, 13) -> (B,) bool.  It reads the answer, not the working.
+    """The checker: prompt (B, 3), response (B, 13) -> (B,) bool.  It reads no working.
 
     In blank any second factor from 10 to 99 counts when the product is right.
     """
@@ -142,6 +150,15 @@ def working_is_right(domain, prompt, response):
     return (second >= 10) & ((response == hands[0]).all(1) | (response == hands[1]).all(1))
 
 
+def count_factors(response, decode_rank):
+    """Second factors that were chosen, not given: how many different ones, and how many they amount
+    to, exp of the entropy of the choice."""
+    factors = read_number(response[:, FACTOR])[decode_rank[:, 0] >= 0]
+    factors = factors[factors >= 0]
+    share = factors.bincount() / max(1, len(factors))
+    return int((share > 0).sum()), torch.special.entr(share).sum().exp().item()
+
+
 def all_problems(domain):
     """Every problem of a domain, (n, 2).  In blank the second number is a place-holder: 0."""
     first, second = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10, 100)).unbind(1)
@@ -154,7 +171,7 @@ def all_problems(domain):
 
 
 def split_problems(new_domain, seed):
-    """{domain: {"corpus" | "query" | "validation" | "test": (n, 2) problems}}, disjoint in each domain."""
+    """{domain: {"corpus" | "query" | "validation" | "test": (n, 2)}}, disjoint in each domain."""
     if new_domain not in SPLIT_SIZES:
         raise ValueError(f"new_domain must be one of {', '.join(SPLIT_SIZES)}, not {new_domain!r}.")
     generator = torch.Generator().manual_seed(seed)
@@ -169,7 +186,7 @@ def split_problems(new_domain, seed):
 
 
 def pretraining_corpus(new_domain, splits):
-    """All solved corpus problems: prompt, response, given, and weight (n,), the odds of drawing each."""
+    """All solved corpus problems: prompt, response, given, and weight (n,), the odds of each."""
     columns = []
     for domain, share in CORPUS_SHARES[new_domain].items():
         first, second = splits[domain]["corpus"].unbind(1)
@@ -222,12 +239,13 @@ def results_table(results):
 
 
 def summary_table(runs):
-    """Several seeds, [{arm: figures}] -> mean and standard deviation; TABOM minus each arm, paired."""
+    """Several seeds, [{arm: figures}] -> mean, standard deviation; TABOM minus each arm, paired."""
     names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
     rows = {arm: torch.tensor([[float(results[arm][name]) for name in names] for results in runs])
             for arm in runs[0]}                 # (seeds, names)
     if "TABOM" in rows:
-        rows |= {f"TABOM - {arm}": rows["TABOM"] - row for arm, row in rows.items() if arm != "TABOM"}
+        rows |= {f"TABOM - {arm}": rows["TABOM"] - row
+                 for arm, row in rows.items() if arm != "TABOM"}
     return table(["arm", *names], [[arm, *map("{:.2f} ± {:.2f}".format, row.mean(0), row.std(0))]
                                    for arm, row in rows.items()])
 
@@ -238,7 +256,7 @@ def curve(values, top):
 
 
 def in_words(prompt, response, decode_rank):
-    """One answer as a sentence: (3,), (13,), (13,) -> text.  Says when the model chose the factor."""
+    """One answer as a sentence: (3,), (13,), (13,) -> text, with when the factor was chosen."""
     domain = next(name for name in DOMAINS if OPERATOR[name] == VOCABULARY[prompt[2]])
     first, second, answer = (int(read_number(tokens[None]))
                              for tokens in (prompt[:2], response[FACTOR], response[ANSWER]))
@@ -250,13 +268,30 @@ def in_words(prompt, response, decode_rank):
     return f"{first} {OPERATOR[domain]} {second} = {answer}: {verdict}{when}"
 
 
+def differences(before, was_right, after, is_right):
+    """Three answers that were wrong and became right, and one the other way, in words.
+
+    before, after: anything with the fields prompt, response and decode_rank, that can be indexed.
+    """
+    lines = []
+    for rows, count in ((~was_right & is_right, 3), (was_right & ~is_right, 1)):
+        rows = rows.nonzero()[:, 0]
+        for row in rows[::max(1, len(rows) // count)][:count]:
+            for name, one in (("base ", before[row]), ("TABOM", after[row])):
+                lines.append(f"    {name} {in_words(one.prompt, one.response, one.decode_rank)}")
+            lines.append("")
+    return "\n".join(lines[:-1]) or "    there is none"
+
+
 def draw_state(prompt, response, decode_rank, entropy, n_visible, styled):
     """One state of a trajectory as a line of text.
 
-    prompt (3,), response and decode_rank (13,), entropy (13,) of the masked positions in nats.  What is
-    visible is written out, what was just revealed is marked, what is masked is shaded by its entropy.
+    prompt (3,), response and decode_rank (13,), entropy (13,) of masked positions in nats.  What is
+    visible is written out, what was just revealed marked, what is masked shaded by its entropy.
     """
-    shades, mark, plain = (" ░▒▓█", "\033[7m{}\033[0m", "{}") if styled else (" .:+#", "[{}]", " {} ")
+    shades, mark, plain = " .:+#", "[{}]", " {} "
+    if styled:
+        shades, mark, plain = " ░▒▓█", "\033[7m{}\033[0m", "{}"
     cells = []
     for token, rank, nats in zip(response.tolist(), decode_rank.tolist(), entropy.tolist()):
         if rank >= n_visible:
