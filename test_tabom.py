@@ -625,6 +625,8 @@ def test_rows_do_not_wait_for_each_other():
 @pytest.mark.parametrize("setting, message", [
     ({"order": "easiest"}, "order must be one of"),
     ({"order": None}, "order must be one of"),
+    ({"order": torch.tensor([0.0, 1.0])}, "order tensor"),
+    ({"order": torch.tensor([0.0, torch.inf, 1.0, 2.0, 3.0, 4.0])}, "order tensor"),
     ({"response_length": 0}, "response_length must be at least 1, not 0"),
     ({"tokens_per_step": 0}, "tokens_per_step must be at least 1, not 0"),
     ({"block_length": 0}, "block_length must be at least 1, not 0"),
@@ -735,15 +737,16 @@ def test_losses_do_not_read_visible_positions():
         assert (model.table.grad[visible] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["nelbo", "trajectory", "dinfer", "tabom"])
+@pytest.mark.parametrize("name", ["nelbo", "trajectory", "dinfer", "t3d", "tabom"])
 def test_rows_with_nothing_to_decode_count_zero(name):
-    """A response that was given entirely teaches nothing: it adds 0 to the mean, not nan."""
+    """A response that was given entirely teaches nothing: a constant loss, no gradient, no nan."""
     loss_fn, own = LOSSES[name]
     model, row = TinyModel(), random_trajectories(1)
     nothing = Trajectories(row.prompt, row.response, torch.full((1, N), -1), row.entropy)
     loss, _ = loss_fn(model, nothing, mask_id=MASK, generator=seeded(), **own)
     loss.backward()
-    assert loss == 0 and model.out.grad.isfinite().all()
+    assert close(loss, 1.5 * math.log(2) if name == "t3d" else 0)
+    assert (model.out.grad == 0).all()
 
 
 def hidden_sets(model):

@@ -140,7 +140,8 @@ def is_correct(domain, prompt, response):
     """
     first, second = read_number(prompt[:, :2]), read_number(response[:, FACTOR])
     answer = {"add": first + second, "sub": first - second}.get(domain, first * second)
-    return (second >= 10) & (read_number(response[:, ANSWER]) == answer)
+    written = read_number(response[:, ANSWER])
+    return (second >= 10) & (written >= 0) & (written == answer)
 
 
 def working_is_right(domain, prompt, response):
@@ -264,7 +265,9 @@ def in_words(prompt, response, decode_rank):
     when = ""
     if decode_rank[0] >= 0:
         when = f" (its factor was written at steps {decode_rank[0] + 1} and {decode_rank[1] + 1})"
-    verdict = "right" if answer == right and second >= 10 else f"wrong, it is {right}"
+    verdict = "right" if answer == right else f"wrong, it is {right}"
+    if second < 10:
+        verdict = "wrong, the second number must be from 10 to 99"
     return f"{first} {OPERATOR[domain]} {second} = {answer}: {verdict}{when}"
 
 
