@@ -2,7 +2,8 @@
 """TABOM in one file: teach a masked diffusion language model the order in which it decodes.
 
 Such a model is trained on uniformly random masks but decodes from easy to hard, so training and
-inference visit different states.  TABOM (arXiv 2605.11854; this file is unofficial) closes the gap:
+inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv
+2605.11854; this file is unofficial) closes the gap:
 
     1. pretrain a denoiser by the book: hide random tokens, predict them           (Eq. 1)
     2. let it answer queries of a new domain, and record when each position was
@@ -14,12 +15,14 @@ inference visit different states.  TABOM (arXiv 2605.11854; this file is unoffic
     python tabom.py --demo            all of it on synthetic arithmetic, against five other arms
     python tabom.py --demo --quick    the same chain in about a minute, only to see that it runs
 
-Sections 2-9 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
-Sections 10-16 are a small model, one training loop and the demo.
+Sections 1-8 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
+Sections 9-15 are the demo: settings, a small model, one training loop, evaluation.
 
 Shapes: B sequences, L prompt tokens, N response tokens, V vocabulary, D width.  Entropies in nats.
+Prompts of a batch have one length.
 Simplified: 0.3 million parameters, arithmetic for language; all weights are fine-tuned (paper:
-LoRA); the entropies of a window come from one forward pass at the cut (Eq. 5: one pass each).
+LoRA); the paper measures each token's entropy in the state just before it is revealed, we measure
+all those of a window in one state, at the cut.
 """
 import argparse
 import copy
@@ -39,64 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-# == 1. Configuration of the demo ==================================================================
-
-@dataclass(frozen=True)
-class Config:
-    """Each setting with its reason, and the paper's value where it has one."""
-    new_domain: str = "blank"         # what the base lacks: "blank" the order, "mul" the skill
-    # the base
-    layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
-    width: int = 96
-    heads: int = 4
-    pretrain_updates: int = 3000      # until the old domains are nearly perfect
-    pretrain_batch: int = 128
-    pretrain_learning_rate: float = 3e-3
-    # self-distillation
-    queries: int = 48000              # asked in turn, over and over (paper: 12K and 17K)
-    tries: int = 1                    # rollouts per query at most, until a valid one (paper: 1)
-    collect_order: str = "random"     # so that the checker selects *orders* (paper: "entropy")
-    collect_temperature: float = 1.0  # explores the tokens (paper: low)
-    rollout_filter: str = "working"   # all must be right; "answer": as the paper; "none": a control
-    reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
-    # fine-tuning, the same for every arm
-    updates: int = 400                # (paper: 5 epochs)
-    batch_size: int = 64              # (paper: 32)
-    learning_rate: float = 1e-4       # (paper: 2e-5, LoRA)
-    warmup: int = 20                  # updates (paper: 50)
-    # trajectory masking and TABOM
-    window_size: int = 13             # all: the first tokens against the rest (paper: 32 of 256)
-    margin: float = 1.0               # gamma, nats (paper: 0.1 to 0.3)
-    rank_weight: float = 2.0          # lambda (paper: 1 and 2); more gains more, on fewer factors
-    # evaluation
-    split: str = "test"               # "validation" for tuning
-    test_problems: int = 400          # per domain at most
-    samples: int = 32                 # answers per problem of the new domain: blank has few
-    temperature: float = 1.0          # of those answers; the old domains are answered greedily
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, str) and value not in CHOICES[name]:
-                raise DemoError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}.")
-            if not isinstance(value, str) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
-                raise DemoError(f"{name} must be positive, not {value}.")
-        if self.width % self.heads:
-            raise DemoError(f"width {self.width} must be a multiple of heads {self.heads}.")
-
-class DemoError(Exception):
-    """Something the user of the demo can mend, in one sentence."""
-
-CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer", "none"),
-           "collect_order": ("entropy", "confidence", "margin", "random"),
-           "reference_hand": ("own", "other"), "split": ("validation", "test")}
-MAY_BE_ZERO = ("collect_temperature", "margin", "rank_weight", "temperature")
-# What is different when multiplication itself is the new domain, and in a --quick run.
-MUL = dict(queries=4000, tries=8, collect_order="entropy", window_size=4, margin=0.2,
-           rank_weight=1.0, test_problems=1200, samples=1, temperature=0.0)
-QUICK = dict(pretrain_updates=150, queries=200, rollout_filter="none", updates=20,
-             test_problems=20, samples=2)
-
-# == 2. The state: one integer per position ========================================================
+# == 1. The state: one integer per position ========================================================
 # A trajectory is a response and, for each position, the rank at which it was revealed.  That one
 # integer gives back every state the decoder passed through; no masks need to be stored.
 
@@ -134,7 +80,7 @@ def segment_masks(decode_rank, n_visible, window_size):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
 
     decode_rank (B, N); n_visible and window_size: an int, or (B,) with one value per row.
-    visible is U_t, masked M_t, and window Delta: the next `window_size` ranks, fewer at the
+    In the paper visible is U_t, masked M_t, and window Delta: the next `window_size` ranks, fewer at the
     end of a response, so that every rank, the last one included, falls into some window.
     """
     require(isinstance(window_size, Tensor) or window_size >= 1,
@@ -147,7 +93,7 @@ def segment_masks(decode_rank, n_visible, window_size):
     return visible, masked, window
 
 def response_logits(model, prompt, x_t, mask_id):
-    """The one seam to a model: its logits (B, N, V) for the response in the state x_t (B, N).
+    """The one seam to a model: it gets prompt and x_t (B, N) in one row, we get the logits (B, N, V).
 
     If the vocabulary has an entry for [MASK], it is banned: no response contains it.
     """
@@ -169,7 +115,7 @@ def draw_below(limit, generator):
     """(B,) limits -> (B,) int64, each uniform over 0 .. limit-1."""
     return (torch.rand(limit.shape, generator=generator, device=limit.device) * limit).long()
 
-# == 3. Predictive entropy: how unsure the model is of a position ==================================
+# == 2. Predictive entropy: how unsure the model is of a position ==================================
 # The quantity behind everything here: the decoder sorts by it, the ranking loss compares it, the
 # discrimination score is its spread.
 
@@ -182,7 +128,7 @@ def predictive_entropy(logits):
     log_p = log_p.clamp(min=torch.finfo(torch.float32).min)              # 0 * -inf would be nan
     return -(log_p.exp() * log_p).sum(-1)
 
-# == 4. Decode from easy to hard, and remember the order (Eq. 2, Def. 1) ===========================
+# == 3. Decode from easy to hard, and remember the order (Eq. 2, Def. 1) ===========================
 # Start fully masked.  At each step ask the model about every masked position and write the surest
 # ones.  Noting the rank of each position is all it takes to record a trajectory.
 
@@ -191,7 +137,7 @@ ORDERS = ("entropy", "confidence", "margin", "random")
 def difficulty(logits, entropy, order, generator):
     """(B, N, V), (B, N) -> (B, N): what is lower is revealed sooner.  For `order` see `decode`."""
     if isinstance(order, Tensor):
-        return order.to(entropy).expand_as(entropy)
+        return rank_in_row(order[None]).to(entropy).expand_as(entropy)
     if order == "entropy":
         return entropy
     if order == "random":
@@ -239,14 +185,14 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
     require(given is None or given.shape == shape, f"given must have the shape {shape}.")
 
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
-    masked = response == mask_id                 # kept as a boolean from here on
+    masked = response == mask_id                 # from here on tracked, not read off the tokens
     decode_rank = torch.full_like(response, -1)
     entropy_at_reveal = torch.zeros(shape, device=device)
     block = torch.arange(response_length, device=device) // (block_length or response_length)
     while masked.any():
         logits = response_logits(model, prompt, response, mask_id)       # (B, N, V)
         entropy = predictive_entropy(logits)                             # (B, N)
-        require(entropy.isfinite().all(), "the model returned nan or infinite logits.")
+        require(entropy.isfinite().all(), "the model returned nan or +inf logits.")
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
         candidates = masked & (block == current_block)
         score = difficulty(logits, entropy, order, generator)
@@ -261,8 +207,8 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
         masked = masked & ~chosen
     return Trajectories(prompt, response, decode_rank, entropy_at_reveal)
 
-# == 5. Training by the book: uniform masking (Eq. 1) ==============================================
-# Hide a random share of the response and predict it.  Any set of positions may be visible, but the
+# == 4. Training by the book: uniform masking (Eq. 1) ==============================================
+# NELBO: the negative evidence lower bound.  Hide a random share of the response, predict it.  Any set of positions may be visible, but the
 # decoder above only visits the few easy-to-hard ones.  This is the gap that TABOM closes.
 
 def token_nll(logits, response):
@@ -287,10 +233,11 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
     loss = mean_over_rows(token_nll(logits, response), masked)           # Eq. 1
     return loss, {"nll": loss.detach()}
 
-# == 6. The ranking loss (Eq. 7-8) =================================================================
-# Ideally the model visits a state with probability proportional to exp(-beta * entropy of what it
-# shows).  Fitting that needs a partition function.  Comparing two states that differ in one token
-# does not: if r was revealed before s, the model should be surer of r than of s (Lemma 1).
+# == 5. The ranking loss (Eq. 7-8) =================================================================
+# Boltzmann: ideally the model visits a state with probability proportional to exp(-beta * sum of the
+# entropies its visible tokens had before they were revealed).  Fitting that needs a partition
+# function.  Comparing two states that differ in one token does not: if r was revealed before s, the
+# state with r must be the likelier one, so r must have the lower entropy (Lemma 1).
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -309,16 +256,16 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     pair_accuracy = ((excess < 0) & pairs).sum() / pairs.sum().clamp(min=1)
     return loss, pair_accuracy
 
-# == 7. TABOM (Eq. 9) ==============================================================================
+# == 6. TABOM (Eq. 9) ==============================================================================
 # Replay a recorded state: show exactly what had been revealed before a random cut.  Then teach two
 # things about the tokens that came next: *what* they are, and *in which order* they came.
 
 def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, margin, rank_weight,
                n_visible=None):
-    """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss; means as above.
+    """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss; row means.
 
-    n_visible (B,): where to cut each trajectory; by default drawn from 0 .. n-1.
-    Returns loss, metrics.
+    window_size in tokens; margin in nats; n_visible (B,): where to cut, by default drawn from
+    0 .. n-1.  Raises ValueError for a window below 1 or a negative margin.  Returns loss, metrics.
     """
     response, decode_rank = trajectories.response, trajectories.decode_rank
     if n_visible is None:
@@ -327,13 +274,13 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     x_t = response.masked_fill(masked, mask_id)
     logits = response_logits(model, trajectories.prompt, x_t, mask_id)   # (B, N, V)
     nll = mean_over_rows(token_nll(logits, response), window)
-    entropy = predictive_entropy(logits)         # all at the cut; Eq. 5: one pass for each
+    entropy = predictive_entropy(logits)         # all at the cut; in Eq. 5 each just before its turn
     rank_loss, pair_accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin)
     loss = nll + rank_weight * rank_loss                                 # Eq. 9
     return loss, {"nll": nll.detach(), "rank_loss": rank_loss.detach(),
                   "pair_accuracy": pair_accuracy}
 
-# == 8. The rival arms =============================================================================
+# == 7. The rival arms =============================================================================
 # Each is one function of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions
 # and on the model's own valid responses.
 
@@ -363,7 +310,7 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     With l(y) = mean log p(y) over the masked tokens of a random cut, and L_path = the sum of their
     -log p(x0), weighted from 1 for the next one linearly down to 1/n_masked for the last:
     L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path.
-    reference: a model, as `model`; see `LaggedCopy`.  Returns loss, metrics.
+    reference: a callable like `model`, see `LaggedCopy`.  Returns loss, metrics.
     """
     prompt, response, n_decoded = trajectories.prompt, trajectories.response, trajectories.n_decoded
     n_visible = draw_below(n_decoded, generator)
@@ -385,7 +332,7 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     return loss, {"preference": preference.mean().detach(), "path": path.mean().detach()}
 
 class LaggedCopy:
-    """A frozen copy of a model that catches up every `every` calls: the reference of T3D."""
+    """A frozen copy of an nn.Module that catches up every `every` calls: the reference of T3D."""
 
     def __init__(self, model, every=10):
         self.model, self.copy, self.every, self.calls = model, copy.deepcopy(model), every, 0
@@ -397,7 +344,7 @@ class LaggedCopy:
         self.calls += 1
         return self.copy(tokens)
 
-# == 9. Trajectory discrimination score (Eq. 10-11) ================================================
+# == 8. Trajectory discrimination score (Eq. 10-11) ================================================
 # How well a state tells easy from hard: the variance of the entropies of what is still masked.  A
 # model equally unsure of every position scores 0 and might as well decode at random.
 
@@ -424,7 +371,7 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
 
     Column k has k tokens revealed.  A state counts if it masks two positions or more; with
     `eos_id`, positions behind an end token that is already written are left out.
-    The curve is the mean of each column over counted rows, Eq. 11 the mean over all counted states.
+    In nats squared.  The curve is the mean of each column over counted rows, Eq. 11 that of all.
     """
     scores, counted = [], []
     for x_t, masked, entropy in replay(model, trajectories, mask_id=mask_id):
@@ -433,6 +380,72 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
         scores.append(trajectory_discrimination_score(entropy, masked))
         counted.append(masked.sum(1) >= 2)
     return torch.stack(scores, 1), torch.stack(counted, 1)
+
+# == 9. Settings of the demo =======================================================================
+
+@dataclass(frozen=True)
+class Config:
+    """Each setting with its reason, and the paper's value where it has one.
+
+    Domains: see toy_data.py.  An arm is a way to fine-tune: TABOM and its rivals, section 12.
+    """
+    new_domain: str = "blank"         # what the base lacks: "blank" the order, "mul" the skill
+    # the base
+    layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
+    width: int = 96
+    heads: int = 4
+    pretrain_updates: int = 3000      # until the old domains are nearly perfect
+    pretrain_batch: int = 128
+    pretrain_learning_rate: float = 3e-3
+    # self-distillation
+    queries: int = 48000              # asked in turn, over and over (paper: 12K and 17K)
+    tries: int = 1                    # rollouts per query at most, until a valid one (paper: 1)
+    collect_order: str = "random"     # then the checker selects good *orders* (paper: "entropy")
+    collect_temperature: float = 1.0  # explores the tokens (paper: low)
+    rollout_filter: str = "working"   # all must be right; "answer": as the paper; "none": a control
+    reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
+    # fine-tuning, the same for every arm
+    updates: int = 400                # (paper: 5 epochs)
+    batch_size: int = 64              # (paper: 32)
+    learning_rate: float = 1e-4       # (paper: 2e-5, LoRA)
+    warmup: int = 20                  # updates (paper: 50)
+    # trajectory masking and TABOM
+    window_size: int = 13             # all pairs of the response (paper: 32 of 256)
+    margin: float = 1.0               # gamma, nats (paper: 0.1 to 0.3)
+    rank_weight: float = 2.0          # lambda (paper: 1 and 2); more gains more, on fewer factors
+    # evaluation
+    split: str = "test"               # "validation" for tuning
+    test_problems: int = 400          # per domain at most
+    samples: int = 32                 # answers per problem of the new domain: blank has few
+    temperature: float = 1.0          # of those answers; the old domains are answered greedily
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, str) and value not in CHOICES[name]:
+                raise DemoError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}.")
+            lowest = 0 if name in MAY_BE_ZERO else 1e-9
+            if not isinstance(value, str) and not lowest <= value < math.inf:
+                raise DemoError(f"{name} must be positive, not {value}.")
+        if self.width % self.heads:
+            raise DemoError(f"width {self.width} must be a multiple of heads {self.heads}.")
+
+class DemoError(Exception):
+    """Something the user of the demo can mend, in one sentence."""
+
+CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer", "none"),
+           "collect_order": ORDERS, "reference_hand": ("own", "other"),
+           "split": ("validation", "test")}
+MAY_BE_ZERO = ("collect_temperature", "margin", "rank_weight", "temperature")
+# What is different when multiplication itself is the new domain, and in a --quick run.
+MUL = dict(queries=4000, tries=8, collect_order="entropy", window_size=4, margin=0.2,
+           rank_weight=1.0, test_problems=1200, samples=1, temperature=0.0)
+QUICK = dict(pretrain_updates=150, queries=200, rollout_filter="none", updates=20,
+             test_problems=20, samples=2)
+
+try:
+    import toy_data
+except ModuleNotFoundError:      # this file was copied alone: all but the demo works
+    toy_data = None
 
 # == 10. The denoiser ==============================================================================
 # A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
@@ -450,7 +463,7 @@ class Denoiser(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary_size, bias=False)
         for weight in self.parameters():
-            if weight.dim() > 1:                 # GPT-2's 0.02 suits a width of 2500, not of 96
+            if weight.dim() > 1:                 # a smaller std, as GPT-2's 0.02, learns later here
                 nn.init.normal_(weight, std=width ** -0.5)
 
     def forward(self, tokens):
@@ -513,7 +526,7 @@ def arm_loss(arm, model, config):
 def concatenate(parts):
     return Trajectories(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
 
-def unranked(prompt, response, given):
+def as_trajectories(prompt, response, given):
     """Solutions as Trajectories.  Nobody decoded them, so their ranks just count from the left."""
     decode_rank = torch.where(given, -1, (~given).cumsum(1) - 1)
     return Trajectories(prompt, response, decode_rank, torch.zeros_like(response).float())
@@ -530,28 +543,31 @@ def answer(model, domain, problems, generator, **settings):
     return answers, toy_data.is_correct(domain, answers.prompt, answers.response)
 
 def self_distil(base, problems, config, seed):
-    """Def. 1 -> distilled and reference Trajectories, row by row of one query; rollouts made."""
-    queries = problems.repeat(-(-config.queries // len(problems)), 1)[:config.queries]
+    """Def. 1 -> distilled and reference Trajectories, asked (which problem a row answers), rollouts.
+
+    Row i of the references solves the same problem as row i of the distilled ones.
+    """
     generator = random_stream(seed, "collect", problems.device)
+    unanswered = torch.arange(config.queries, device=problems.device) % len(problems)
     n_rollouts, kept, asked = 0, [], []
     for _ in range(config.tries):                # each time the queries without a valid answer yet
-        rollouts, correct = answer(base, config.new_domain, queries, generator,
+        rollouts, correct = answer(base, config.new_domain, problems[unanswered], generator,
                                    temperature=config.collect_temperature,
                                    order=config.collect_order)
         working = toy_data.working_is_right(config.new_domain, rollouts.prompt, rollouts.response)
         keep = {"working": correct & working, "answer": correct,
                 "none": torch.ones_like(correct)}[config.rollout_filter]
-        kept, asked = [*kept, rollouts[keep]], [*asked, queries[keep]]
-        n_rollouts, queries = n_rollouts + len(queries), queries[~keep]
-        if not len(queries):
+        kept, asked = [*kept, rollouts[keep]], [*asked, unanswered[keep]]
+        n_rollouts, unanswered = n_rollouts + len(unanswered), unanswered[~keep]
+        if not len(unanswered):
             break
     distilled, asked = concatenate(kept), torch.cat(asked)
     if len(distilled) < 16:
         raise DemoError(f"only {len(distilled)} of {n_rollouts} rollouts are valid, too few to "
                         "train on: raise pretrain_updates or queries with --set.")
-    reference = toy_data.write_references(config.new_domain, asked, config.reference_hand,
+    reference = toy_data.write_references(config.new_domain, problems[asked], config.reference_hand,
                                           random_stream(seed, "references"))
-    return distilled, unranked(*reference), n_rollouts
+    return distilled, as_trajectories(*reference), asked, n_rollouts
 
 # == 13. Evaluation ================================================================================
 # Always the last checkpoint and every test problem.  blank has few prompts and many right answers:
@@ -563,7 +579,7 @@ def say(text=""):
 def percent(correct):
     return 100 * correct.float().mean().item()
 
-def ask(model, domain, problems, config, seed, **settings):
+def take_test(model, domain, problems, config, seed, **settings):
     """Test problems -> Trajectories, correct: sampled in the new domain, greedy in the old ones."""
     temperature = 0.0
     if domain == config.new_domain:
@@ -574,10 +590,10 @@ def ask(model, domain, problems, config, seed, **settings):
 def evaluate(model, tests, held_out, config, seed):
     """All figures of one model, and its answers (Trajectories, correct) in the new domain."""
     new = config.new_domain
-    answers, correct = ask(model, new, tests[new], config, seed)
-    two_tokens = ask(model, new, tests[new], config, seed, tokens_per_step=2)[1]
-    best_order = ask(model, new, tests[new], config, seed, order=toy_data.BEST_ORDER)[1]
-    old = {domain: percent(ask(model, domain, problems, config, seed)[1])
+    answers, correct = take_test(model, new, tests[new], config, seed)
+    two_tokens = take_test(model, new, tests[new], config, seed, tokens_per_step=2)[1]
+    best_order = take_test(model, new, tests[new], config, seed, order=toy_data.BEST_ORDER)[1]
+    old = {domain: percent(take_test(model, domain, problems, config, seed)[1])
            for domain, problems in tests.items() if domain != new}
     score, counted = discrimination_curve(model, answers, mask_id=toy_data.MASK_ID)
     curve = (score * counted).sum(0) / counted.sum(0)                    # nan where no state counts
@@ -603,26 +619,6 @@ def compare(arm, rival):
     low, high = np.quantile(difference[draws].mean(1), (0.025, 0.975))
     return float(difference.mean()), float(low), float(high)
 
-def judge(results, own_nll, reference_nll):
-    """What the paper promises, judged by the figures of one run: [(claim, held)]."""
-    base, tabom = results["No-SFT"], results.get("TABOM")
-    claims = [("references are less likely to the base than its own responses at all mask ratios",
-               all(own < other for own, other in zip(own_nll, reference_nll)))]
-    if "SFT-GT" in results:
-        lost = base["old"] - results["SFT-GT"]["old"]
-        claims.append((f"SFT-GT forgets 15 points or more ({lost:.1f})", lost >= 15))
-    if tabom:
-        lost = base["old"] - tabom["old"]
-        claims.append((f"TABOM forgets 2 points or less ({lost:.1f})", lost <= 2))
-    for arm in [arm for arm in results if tabom and arm != "TABOM"]:
-        lead = compare(tabom, results[arm])
-        text = f"TABOM is ahead of {arm} ({toy_data.with_interval(*lead)})"
-        claims.append((text, lead[1] > 0))
-        if arm in ("No-SFT", "SFT-SD"):
-            raised = tabom["TDS"] - results[arm]["TDS"]
-            claims.append((f"TABOM raises TDS over {arm} ({raised:+.2f})", raised > 0))
-    return claims
-
 # == 14. The demo ==================================================================================
 
 def pretrained(config, seed, splits, device, bases):
@@ -634,7 +630,7 @@ def pretrained(config, seed, splits, device, bases):
         model.load_state_dict(bases[seed])
         return model.eval()
     *corpus, weight = toy_data.pretraining_corpus(config.new_domain, splits)
-    train(model, unranked(*corpus).to(device), nelbo_loss, updates=config.pretrain_updates,
+    train(model, as_trajectories(*corpus).to(device), nelbo_loss, updates=config.pretrain_updates,
           batch_size=config.pretrain_batch, learning_rate=config.pretrain_learning_rate, warmup=100,
           seed=seed, label="pretraining", weight=weight, loss_lines=6)
     bases[seed] = model.state_dict()
@@ -657,7 +653,7 @@ def run_seed(config, seed, arms, device, bases):
     stage("Why order matters: right answers of the base in percent, by order of decoding")
     orders = {"entropy": "entropy", "random": "random", "left to right": toy_data.LEFT_TO_RIGHT,
               "best": toy_data.BEST_ORDER}
-    rows = [[domain, *(percent(ask(base, domain, problems, config, seed, order=order)[1])
+    rows = [[domain, *(percent(take_test(base, domain, problems, config, seed, order=order)[1])
                        for order in orders.values())] for domain, problems in tests.items()]
     rows = [[*row, row[-1] - row[1]] for row in rows]
     say(toy_data.table(["domain", *orders, "order gap"], rows))
@@ -666,17 +662,14 @@ def run_seed(config, seed, arms, device, bases):
 
     stage("A trajectory: the base decodes from easy to hard (Eq. 2), the working before the answer")
     trajectory, _ = answer(base, "mul", tests["mul"][:1], None)
-    styled = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    states = list(replay(base, trajectory, mask_id=mask_id))[:trajectory.n_decoded + 1]
-    for step, (x_t, _, entropy) in enumerate(states):
-        say(f"    step {step:2}   " + toy_data.draw_state(
-            trajectory.prompt[0], x_t[0], trajectory.decode_rank[0], entropy[0], step, styled))
-    say("    marked: just written; shades: entropy of what is masked, in steps of 0.5 nats")
+    entropies = [entropy[0] for _, _, entropy in replay(base, trajectory, mask_id=mask_id)]
+    say(toy_data.draw_trajectory(trajectory[0], entropies,
+                                 styled=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
 
     stage(f"Self-distillation (Def. 1): {config.queries} queries, {config.collect_order} order")
     queries = splits[new]["query"].to(device)
-    distilled, reference, n_rollouts = self_distil(base, queries, config, seed)
-    training = torch.arange(len(distilled), device=device) % 8 > 0       # every eighth is held out
+    distilled, reference, asked, n_rollouts = self_distil(base, queries, config, seed)
+    training = asked % 8 > 0                     # the answers to every eighth problem are held out
     say(f"    {n_rollouts} rollouts, {len(distilled)} kept, {training.sum()} of them for training\n"
         "    how unlikely responses are to the base: nats per masked token, by share (Fig. 3)")
     ratios = [ratio / 10 for ratio in range(1, 10)]
@@ -707,15 +700,15 @@ def run_seed(config, seed, arms, device, bases):
     say(toy_data.EXPLANATION)
     say(toy_data.results_table(results))
     stage("TDS by decoding step, from everything masked to two masked positions")
-    shown = [arm for arm in ("No-SFT", "SFT-SD", "TABOM") if arm in results]
-    top = max(max(results[arm]["TDS curve"]) for arm in shown)
-    for arm in shown:
-        say(f"    {arm:10}  {toy_data.curve(results[arm]['TDS curve'], top)}  █ is {top:.2f}")
+    say(toy_data.curves({arm: row["TDS curve"] for arm, row in results.items()
+                         if arm in ("No-SFT", "SFT-SD", "TABOM")}))
     if "TABOM" in arms:
         stage("Three answers that the base got wrong and TABOM right, then one the other way")
         say(toy_data.differences(*answers["No-SFT"], *answers["TABOM"]))
     stage("What this run shows (one seed: figures, no proof)")
-    claims = judge(results, own_nll, reference_nll)
+    leads = {arm: compare(results["TABOM"], row) for arm, row in results.items()
+             if "TABOM" in arms and arm != "TABOM"}
+    claims = toy_data.judge(results, leads, own_nll, reference_nll)
     for claim, held in claims:
         say(f"    {'held        ' if held else 'did NOT hold'}  {claim}")
     return {"arms": results, "mask ratios": ratios, "self-distilled nll": own_nll,
@@ -789,11 +782,17 @@ def parse_arguments(arguments):
 
 def demo(options):
     """Check everything first, then run the seeds, writing what was asked for after each."""
+    if toy_data is None:
+        raise DemoError("toy_data.py is missing; it belongs beside tabom.py.")
     config = make_config(options.set, options.quick)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise DemoError("--device cuda: PyTorch finds no CUDA device here; leave --device out.")
     if options.save and "TABOM" not in options.arms:
         raise DemoError("--save writes the TABOM models, so --arms must name TABOM.")
+    if options.save and options.save == options.base:
+        raise DemoError("--save would overwrite the --base file; name two files.")
+    if len(set(options.seeds)) < len(options.seeds) or not 0 <= min(options.seeds):
+        raise DemoError("--seeds takes different numbers from 0 up.")
     for path in filter(None, (options.base, options.save, options.json)):
         if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
             raise DemoError(f"{path} cannot be written: it is a folder, or its folder is missing "
@@ -804,7 +803,7 @@ def demo(options):
                 f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
     say(f"TABOM on synthetic arithmetic: {hardware}, PyTorch {torch.__version__}, seeds "
         f"{options.seeds}.\nA small base records how it decodes, is fine-tuned in "
-        f"{len(options.arms)} ways,\nand all are compared in the new domain and the old ones.")
+        f"{len(set(options.arms))} ways,\nand all are compared in the new domain and the old ones.")
     if options.quick:
         say("--quick trains far too little: the numbers below mean nothing.")
     arms, runs, models = [arm for arm in ARMS if arm in options.arms], {}, {}
@@ -826,8 +825,6 @@ def demo(options):
 
 def main(arguments=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    global toy_data
-    import toy_data                              # only here, so that this file can be copied alone
     options = parse_arguments(arguments)
     try:
         if options.demo or options.quick:
@@ -841,4 +838,5 @@ def main(arguments=None):
     return 0
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")     # for a terminal that has no × or █
     sys.exit(main())

@@ -11,6 +11,7 @@ Run:  python -m pytest -q test_tabom.py
 import itertools
 import json
 import math
+import pathlib
 import re
 import shutil
 import subprocess
@@ -1227,7 +1228,8 @@ def test_text_and_tokens_are_inverse():
     text = toy_data.VOCABULARY + "_"
     assert toy_data.encode(text) == list(range(len(text))) and toy_data.MASK_ID == len(text) - 1
     assert toy_data.to_text(toy_data.encode(text)) == text
-    assert toy_data.to_text(torch.tensor(toy_data.encode("47×__=__________"))) == "47×__=__________"
+    text = "47×__=__________"
+    assert toy_data.to_text(torch.tensor(toy_data.encode(text))) == text
     assert toy_data.VOCABULARY[toy_data.EQUALS_ID] == "="
     assert toy_data.encode("0123456789") == list(range(10))      # a digit is its own token id
 
@@ -1413,7 +1415,7 @@ def test_the_whole_demo_runs_and_repeats_itself(new_domain, tmp_path, capsys):
 
 
 def test_seeds_arms_base_and_save(tmp_path, capsys):
-    """Several seeds are summarised; a stored base gives what its pretraining gave; --save is a base."""
+    """Several seeds are summarised; a stored base gives what pretraining gave; so does --save."""
     base, saved = str(tmp_path / "base.pt"), str(tmp_path / "tuned.pt")
     reports = [tmp_path / name for name in ("first.json", "again.json", "more.json")]
     arms = ("--arms", "TABOM", "SFT-SD")
@@ -1444,12 +1446,15 @@ def test_summary_is_mean_spread_and_paired_difference():
 
 def test_claims_follow_the_figures():
     """A claim is judged by the figures: turn them round and every judgement turns."""
-    good = {"No-SFT": {"old": 98.0, "TDS": 0.2, "per problem": [0.0, 10.0, 5.0]},
-            "SFT-GT": {"old": 60.0, "TDS": 0.2, "per problem": [10.0, 10.0, 0.0]},
-            "TABOM": {"old": 97.0, "TDS": 0.3, "per problem": [70.0, 80.0, 90.0]}}
-    bad = {"No-SFT": good["TABOM"], "SFT-GT": good["TABOM"], "TABOM": good["SFT-GT"]}
-    assert all(held for _, held in tabom.judge(good, [0.1, 0.2], [0.3, 0.4]))
-    assert not any(held for _, held in tabom.judge(bad, [0.1, 0.4], [0.3, 0.4]))
+    def judged(old, tds, low, own, other):
+        results = {arm: {"old": old[arm], "TDS": tds[arm]} for arm in old}
+        leads = {arm: (low + 1, low, low + 2) for arm in old if arm != "TABOM"}
+        return [held for _, held in toy_data.judge(results, leads, own, other)]
+    good = judged({"No-SFT": 98.0, "SFT-GT": 60.0, "TABOM": 97.0},
+                  {"No-SFT": 0.2, "SFT-GT": 0.2, "TABOM": 0.3}, 5.0, [0.1, 0.2], [0.3, 0.4])
+    bad = judged({"No-SFT": 98.0, "SFT-GT": 90.0, "TABOM": 95.0},
+                 {"No-SFT": 0.2, "SFT-GT": 0.2, "TABOM": 0.1}, -0.1, [0.1, 0.4], [0.3, 0.4])
+    assert len(good) == len(bad) == 6 and all(good) and not any(bad)
 
 
 def test_compare_is_paired():
@@ -1473,20 +1478,25 @@ def test_compare_is_paired():
     (["--demo", "--arms", "SFT-SD", "--save", "{}/x.pt"], "--save"),
     (["--demo", "--json", "{}/missing/x.json"], "cannot be written"),
     (["--demo", "--base", "{}"], "cannot be written"),
+    (["--demo", "--base", "{}/x.pt", "--save", "{}/x.pt"], "name two files"),
+    (["--demo", "--seeds", "1", "1"], "different numbers"),
+    (["--demo", "--seeds", "-1"], "different numbers"),
+    (["--demo", "--set", "margin=inf"], "margin must be"),
     (["--demo", "--base", "{}/foreign.txt"], "no base file"),
     (["--demo", "--base", "{}/foreign.pt"], "no base file"),
     (["--demo", "--base", "{}/other.pt"], "other bases"),
     (["--demo", "--device", "cuda"], "no CUDA device"),
 ])
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
-    """Unknown names, values out of range, files that do not fit: one sentence, and nothing is written."""
+    """Unknown names, values out of range, files that do not fit: one sentence, nothing written."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "foreign.txt").write_text("not a model")
     torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
     torch.save({"kind": {"width": 7}, "weights": {}}, tmp_path / "other.pt")
     before = sorted(tmp_path.iterdir())
     tiny = [part for setting in TINY for part in ("--set", setting)]
-    assert tabom.main([arguments[0], *tiny, *(text.format(tmp_path) for text in arguments[1:])]) == 2
+    rest = [text.format(tmp_path) for text in arguments[1:]]
+    assert tabom.main([arguments[0], *tiny, *rest]) == 2
     error = capsys.readouterr().err
     assert says in error and error.startswith("tabom.py: ") and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
@@ -1533,12 +1543,13 @@ def test_the_file_stands_alone(tmp_path):
     """tabom.py copied without toy_data.py can be imported and used."""
     shutil.copy(tabom.__file__, tmp_path)
     code = "import tabom; print(tabom.predictive_entropy(tabom.torch.zeros(2)).item())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and float(done.stdout) == pytest.approx(math.log(2))
 
 
 def test_the_denoiser_sees_both_sides_and_cannot_write_a_mask():
-    """Bidirectional: the first output depends on the last token.  [MASK] has an input, no output."""
+    """Bidirectional: the first output depends on the last token.  [MASK] has no output."""
     torch.manual_seed(0)
     model = tabom.Denoiser(5, 6, layers=1, width=8, heads=2).eval()
     tokens = torch.tensor([[0, 1, 2, 3, 4, 5]])
@@ -1556,8 +1567,7 @@ def test_arms_see_the_same_rows_and_learn():
     def spy(model, batch, **settings):
         seen.append(batch.response)
         return nelbo_loss(model, batch, **settings)
-    monkey = SimpleNamespace(MASK_ID=MASK)
-    tabom.toy_data = monkey
+    tabom.toy_data = SimpleNamespace(MASK_ID=MASK)
     try:
         models = [TinyModel(), TinyModel()]
         settings = dict(updates=30, batch_size=8, learning_rate=0.05, warmup=3, seed=5, label="")
@@ -1569,3 +1579,36 @@ def test_arms_see_the_same_rows_and_learn():
     before, after = (nelbo_loss(model, data, mask_id=MASK, mask_ratio=1.0)[0] for model in
                      (TinyModel(), models[0]))
     assert after < before - 0.1
+
+
+# ==================================================================================================
+# README.md
+# ==================================================================================================
+
+README = pathlib.Path(tabom.__file__).with_name("README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_blocks_of_the_readme_run():
+    """What the README tells a copier to paste works as it stands, in at most 25 lines each."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        assert len(block.splitlines()) <= 25
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_section_table_of_the_readme_is_true():
+    """Every section of tabom.py is in the table, with the line on which it begins."""
+    source = pathlib.Path(tabom.__file__).read_text(encoding="utf-8").splitlines()
+    begins = {int(found[1]): number for number, text in enumerate(source, 1)
+              if (found := re.match(r"# == (\d+)\. ", text))}
+    rows = re.findall(r"^\| (\d+)\. .*\[(\d+)\]\(tabom\.py#L(\d+)\)", README, re.MULTILINE)
+    assert {int(section): int(line_) for section, line_, _ in rows} == begins
+    assert all(shown == linked for _, shown, linked in rows) and len(begins) >= 15
+
+
+def test_the_settings_and_flags_of_the_readme_exist():
+    """No command in the README names a flag or a setting that the program does not have."""
+    for command in re.findall(r"python tabom\.py[^`\n|&]*", README):
+        options = tabom.parse_arguments(command.split()[2:])
+        tabom.make_config(options.set, options.quick)
