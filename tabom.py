@@ -80,8 +80,8 @@ def segment_masks(decode_rank, n_visible, window_size):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
 
     decode_rank (B, N); n_visible and window_size: an int, or (B,) with one value per row.
-    In the paper visible is U_t, masked M_t, and window Delta: the next `window_size` ranks, fewer at the
-    end of a response, so that every rank, the last one included, falls into some window.
+    In the paper these are U_t, M_t and Delta.  The window is the next `window_size` ranks, fewer at
+    the end of a response, so that every rank, the last one included, falls into some window.
     """
     require(isinstance(window_size, Tensor) or window_size >= 1,
             f"window_size must be at least 1, not {window_size}.")
@@ -93,7 +93,7 @@ def segment_masks(decode_rank, n_visible, window_size):
     return visible, masked, window
 
 def response_logits(model, prompt, x_t, mask_id):
-    """The one seam to a model: it gets prompt and x_t (B, N) in one row, we get the logits (B, N, V).
+    """The one seam to a model: prompt and x_t (B, N) go in, the logits (B, N, V) of x_t come out.
 
     If the vocabulary has an entry for [MASK], it is banned: no response contains it.
     """
@@ -208,8 +208,9 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
     return Trajectories(prompt, response, decode_rank, entropy_at_reveal)
 
 # == 4. Training by the book: uniform masking (Eq. 1) ==============================================
-# NELBO: the negative evidence lower bound.  Hide a random share of the response, predict it.  Any set of positions may be visible, but the
-# decoder above only visits the few easy-to-hard ones.  This is the gap that TABOM closes.
+# Hide a random share of the response and predict it: the NELBO, negative evidence lower bound.  Any
+# set of positions may be visible, but the decoder above visits only a few, easy-to-hard ones.
+# This is the gap that TABOM closes.
 
 def token_nll(logits, response):
     """-log p of each token: (B, N, V), (B, N) -> (B, N) float32, nats."""
@@ -234,10 +235,10 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
     return loss, {"nll": loss.detach()}
 
 # == 5. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: ideally the model visits a state with probability proportional to exp(-beta * sum of the
-# entropies its visible tokens had before they were revealed).  Fitting that needs a partition
-# function.  Comparing two states that differ in one token does not: if r was revealed before s, the
-# state with r must be the likelier one, so r must have the lower entropy (Lemma 1).
+# Boltzmann: ideally the model visits a state with probability proportional to exp(-beta * sum of
+# the entropies its tokens had before they were revealed).  Fitting that needs a partition function.
+# Comparing two states that differ in one token does not: if r was revealed before s, the state with
+# r should be the likelier one, so r should have the lower entropy (Lemma 1).
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -274,7 +275,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     x_t = response.masked_fill(masked, mask_id)
     logits = response_logits(model, trajectories.prompt, x_t, mask_id)   # (B, N, V)
     nll = mean_over_rows(token_nll(logits, response), window)
-    entropy = predictive_entropy(logits)         # all at the cut; in Eq. 5 each just before its turn
+    entropy = predictive_entropy(logits)         # at the cut; in Eq. 5 each just before its turn
     rank_loss, pair_accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin)
     loss = nll + rank_weight * rank_loss                                 # Eq. 9
     return loss, {"nll": nll.detach(), "rank_loss": rank_loss.detach(),
@@ -543,9 +544,9 @@ def answer(model, domain, problems, generator, **settings):
     return answers, toy_data.is_correct(domain, answers.prompt, answers.response)
 
 def self_distil(base, problems, config, seed):
-    """Def. 1 -> distilled and reference Trajectories, asked (which problem a row answers), rollouts.
+    """Def. 1 -> distilled, reference: Trajectories; asked: the problem of each row; rollouts made.
 
-    Row i of the references solves the same problem as row i of the distilled ones.
+    Row i of the reference solves the same problem as row i of the distilled ones.
     """
     generator = random_stream(seed, "collect", problems.device)
     unanswered = torch.arange(config.queries, device=problems.device) % len(problems)

@@ -256,8 +256,11 @@ def summary_table(runs):
 def curves(by_arm):
     """{arm: numbers from 0 up} -> a line of block characters for each, on one scale."""
     top = max(max(values) for values in by_arm.values()) or 1.0
-    return "\n".join(f"    {arm:10}  {''.join('▁▂▃▄▅▆▇█'[int(7.99 * value / top)] for value in values)}"
-                     f"  █ is {top:.2f}" for arm, values in by_arm.items())
+    lines = []
+    for arm, values in by_arm.items():
+        blocks = ("▁▂▃▄▅▆▇█"[int(7.99 * value / top)] for value in values)
+        lines.append(f"    {arm:10}  {''.join(blocks)}  █ is {top:.2f}")
+    return "\n".join(lines)
 
 
 def judge(results, leads, own_nll, reference_nll):
@@ -270,9 +273,11 @@ def judge(results, leads, own_nll, reference_nll):
     claims = [("references are less likely to the base than its own responses at all mask ratios",
                all(own < other for own, other in zip(own_nll, reference_nll)))]
     if "SFT-GT" in lost:
-        claims.append((f"SFT-GT forgets 15 points or more ({lost['SFT-GT']:.1f})", lost["SFT-GT"] >= 15))
+        reference = lost["SFT-GT"]
+        claims.append((f"SFT-GT forgets 15 points or more ({reference:.1f})", reference >= 15))
     if "TABOM" in lost:
-        claims.append((f"TABOM forgets 2 points or less ({lost['TABOM']:.1f})", lost["TABOM"] <= 2))
+        tabom = lost["TABOM"]
+        claims.append((f"TABOM forgets 2 points or less ({tabom:.1f})", tabom <= 2))
     for arm, lead in leads.items():
         claims.append((f"TABOM is ahead of {arm} ({with_interval(*lead)})", lead[1] > 0))
         if arm in ("No-SFT", "SFT-SD"):
@@ -335,5 +340,5 @@ def draw_trajectory(trajectory, entropies, styled):
     prompt, response, rank = trajectory.prompt, trajectory.response, trajectory.decode_rank
     lines = [f"    step {step:2}   {draw_state(prompt, response, rank, entropy, step, styled)}"
              for step, entropy in enumerate(entropies) if step <= rank.max() + 1]
-    lines.append("    marked: just written; shades: entropy of what is masked, in steps of 0.5 nats")
+    lines.append("    marked: just written; shades: entropy of what is masked, 0.5 nats apart")
     return "\n".join(lines)
