@@ -1548,6 +1548,27 @@ def test_the_file_stands_alone(tmp_path):
     assert done.returncode == 0 and float(done.stdout) == pytest.approx(math.log(2))
 
 
+def test_the_method_can_be_cut_out():
+    """Sections 1-8 alone, pasted behind four imports, decode and train a foreign model."""
+    source = pathlib.Path(tabom.__file__).read_text(encoding="utf-8")
+    method = source[source.index("# == 1. "):source.index("# == 9. ")]
+    imports = """
+import copy
+from dataclasses import dataclass
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+"""
+    core = {}
+    exec(compile(imports + method, "core", "exec"), core)
+    model = TinyModel()
+    decoded = core["decode"](model, prompts(3), N, mask_id=MASK)
+    loss, _ = core["tabom_loss"](model, decoded, mask_id=MASK, window_size=3, margin=0.2,
+                                 rank_weight=1.0)
+    loss.backward()
+    assert model.out.grad.abs().sum() > 0
+
+
 def test_the_denoiser_sees_both_sides_and_cannot_write_a_mask():
     """Bidirectional: the first output depends on the last token.  [MASK] has no output."""
     torch.manual_seed(0)
