@@ -486,7 +486,10 @@ def progress(steps, label):
 
 def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, seed, label,
           weight=None, loss_lines=0):
-    """AdamW with warm-up, cosine decay, clipping; in place.  weight (n,): odds of drawing a row."""
+    """AdamW with warm-up, cosine decay and clipping -> the model, trained in place.
+
+    weight (n,): odds of drawing each row; loss_lines: how many lines to print on the way.
+    """
     device = data.response.device
     batches, masks = random_stream(seed, "batches"), random_stream(seed, "masks", device)
     weight = torch.ones(len(data)) if weight is None else weight
@@ -644,8 +647,8 @@ def run_seed(config, seed, arms, device, bases):
     def stage(title):
         say(f"\n[{time.time() - started:4.0f} s] {title}")
 
-    stage(f"Seed {seed}. Pretrain the base by the book (Eq. 1): {config.pretrain_updates} updates"
-          + " (kept in the base file)" * (seed in bases))
+    kept = " (kept in the base file)" if seed in bases else ""
+    stage(f"Seed {seed}. Pretrain by the book (Eq. 1): {config.pretrain_updates} updates{kept}")
     splits = toy_data.split_problems(new, seed)
     base = pretrained(config, seed, splits, device, bases)
     tests = {domain: parts[config.split][:config.test_problems].to(device)
@@ -661,7 +664,7 @@ def run_seed(config, seed, arms, device, bases):
     say("    best: factor, working, answer from its last digit; order gap: best minus entropy\n"
         f"    new is {new}: {toy_data.WHAT_IS_NEW[new]}")
 
-    stage("A trajectory: the base decodes from easy to hard (Eq. 2), the working before the answer")
+    stage("A trajectory: the base multiplies, the easiest position first (Eq. 2)")
     trajectory, _ = answer(base, "mul", tests["mul"][:1], None)
     entropies = [entropy[0] for _, _, entropy in replay(base, trajectory, mask_id=mask_id)]
     say(toy_data.draw_trajectory(trajectory[0], entropies,

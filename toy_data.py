@@ -193,8 +193,9 @@ def pretraining_corpus(new_domain, splits):
     columns = []
     for domain, share in CORPUS_SHARES[new_domain].items():
         first, second = splits[domain]["corpus"].unbind(1)
-        if domain == "blank":       # every factor may be chosen
-            first, second = torch.cartesian_prod(first, torch.arange(10, 100)).unbind(1)
+        if domain == "blank":       # solved by multiplications of the corpus, never of the test
+            pairs = splits["mul"]["corpus"]
+            first, second = pairs[torch.isin(pairs[:, 0], first)].unbind(1)
         solved = write_solutions(domain, first, second)
         columns.append((*solved, torch.full((len(first),), share / len(first))))
     return tuple(torch.cat(column) for column in zip(*columns))
