@@ -271,7 +271,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     response, decode_rank = trajectories.response, trajectories.decode_rank
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
-    visible, masked, window = segment_masks(decode_rank, n_visible, window_size)
+    _, masked, window = segment_masks(decode_rank, n_visible, window_size)
     x_t = response.masked_fill(masked, mask_id)
     logits = response_logits(model, trajectories.prompt, x_t, mask_id)   # (B, N, V)
     nll = mean_over_rows(token_nll(logits, response), window)
@@ -793,11 +793,12 @@ def demo(options):
         raise DemoError("--device cuda: PyTorch finds no CUDA device here; leave --device out.")
     if options.save and "TABOM" not in options.arms:
         raise DemoError("--save writes the TABOM models, so --arms must name TABOM.")
-    if options.save and options.save == options.base:
-        raise DemoError("--save would overwrite the --base file; name two files.")
     if len(set(options.seeds)) < len(options.seeds) or not 0 <= min(options.seeds):
         raise DemoError("--seeds takes different numbers from 0 up.")
-    for path in filter(None, (options.base, options.save, options.json)):
+    paths = [path for path in (options.base, options.save, options.json) if path]
+    if len(set(map(os.path.abspath, paths))) < len(paths):
+        raise DemoError("two of --base, --save and --json are one file; name two files.")
+    for path in paths:
         if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
             raise DemoError(f"{path} cannot be written: it is a folder, or its folder is missing "
                             "or write-protected.")

@@ -1481,6 +1481,7 @@ def test_compare_is_paired():
     (["--demo", "--json", "{}/missing/x.json"], "cannot be written"),
     (["--demo", "--base", "{}"], "cannot be written"),
     (["--demo", "--base", "{}/x.pt", "--save", "{}/x.pt"], "name two files"),
+    (["--demo", "--base", "{}/x.pt", "--json", "{}/./x.pt"], "name two files"),
     (["--demo", "--seeds", "1", "1"], "different numbers"),
     (["--demo", "--seeds", "-1"], "different numbers"),
     (["--demo", "--set", "margin=inf"], "margin must be"),
