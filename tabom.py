@@ -24,23 +24,12 @@ Simplified: 0.3 million parameters, arithmetic for language; all weights are fin
 LoRA); the paper measures each token's entropy in the state just before it is revealed, we measure
 all those of a window in one state, at the cut.
 """
-import argparse
 import copy
-import json
-import math
-import os
-import pickle
-import platform
-import sys
-import time
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 # == 1. The state: one integer per position ========================================================
 # A trajectory is a response and, for each position, the rank at which it was revealed.  That one
@@ -103,9 +92,9 @@ def response_logits(model, prompt, x_t, mask_id):
         logits = logits.masked_fill(is_mask, -torch.inf)
     return logits
 
-def require(fact, message):
+def require(fact, message, error=ValueError):
     if not fact:
-        raise ValueError(message)
+        raise error(message)
 
 def mean_over_rows(values, chosen):
     """(B, N) -> scalar: mean over the chosen positions of a row (0 without any), then over rows."""
@@ -382,73 +371,29 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
         counted.append(masked.sum(1) >= 2)
     return torch.stack(scores, 1), torch.stack(counted, 1)
 
-# == 9. Settings of the demo =======================================================================
+# ==== The method ends here: above, what to copy; below, the demo ==================================
+import argparse
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
-@dataclass(frozen=True)
-class Config:
-    """Each setting with its reason, and the paper's value where it has one.
-
-    Domains: see toy_data.py.  An arm is a way to fine-tune: TABOM and its rivals, section 12.
-    """
-    new_domain: str = "blank"         # what the base lacks: "blank" the order, "mul" the skill
-    # the base
-    layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
-    width: int = 96
-    heads: int = 4
-    pretrain_updates: int = 3000      # until the old domains are nearly perfect
-    pretrain_batch: int = 128
-    pretrain_learning_rate: float = 3e-3
-    # self-distillation
-    queries: int = 48000              # asked in turn, over and over (paper: 12K and 17K)
-    tries: int = 1                    # rollouts per query at most, until a valid one (paper: 1)
-    collect_order: str = "random"     # then the checker selects good *orders* (paper: "entropy")
-    collect_temperature: float = 1.0  # explores the tokens (paper: low)
-    rollout_filter: str = "working"   # all must be right; "answer": as the paper; "none": a control
-    reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
-    # fine-tuning, the same for every arm
-    updates: int = 400                # (paper: 5 epochs)
-    batch_size: int = 64              # (paper: 32)
-    learning_rate: float = 1e-4       # (paper: 2e-5, LoRA)
-    warmup: int = 20                  # updates (paper: 50)
-    # trajectory masking and TABOM
-    window_size: int = 13             # all pairs of the response (paper: 32 of 256)
-    margin: float = 1.0               # gamma, nats (paper: 0.1 to 0.3)
-    rank_weight: float = 2.0          # lambda (paper: 1 and 2); more gains more, on fewer factors
-    # evaluation
-    split: str = "test"               # "validation" for tuning
-    test_problems: int = 400          # per domain at most
-    samples: int = 32                 # answers per problem of the new domain: blank has few
-    temperature: float = 1.0          # of those answers; the old domains are answered greedily
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, str) and value not in CHOICES[name]:
-                raise DemoError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}.")
-            lowest = 0 if name in MAY_BE_ZERO else 1e-9
-            if not isinstance(value, str) and not lowest <= value < math.inf:
-                raise DemoError(f"{name} must be positive, not {value}.")
-        if self.width % self.heads:
-            raise DemoError(f"width {self.width} must be a multiple of heads {self.heads}.")
-
-class DemoError(Exception):
-    """Something the user of the demo can mend, in one sentence."""
-
-CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer", "none"),
-           "collect_order": ORDERS, "reference_hand": ("own", "other"),
-           "split": ("validation", "test")}
-MAY_BE_ZERO = ("collect_temperature", "margin", "rank_weight", "temperature")
-# What is different when multiplication itself is the new domain, and in a --quick run.
-MUL = dict(queries=4000, tries=8, collect_order="entropy", window_size=4, margin=0.2,
-           rank_weight=1.0, test_problems=1200, samples=1, temperature=0.0)
-QUICK = dict(pretrain_updates=150, queries=200, rollout_filter="none", updates=20,
-             test_problems=20, samples=2)
+from torch import nn
+from tqdm import tqdm
 
 try:
-    import toy_data
+    import toy_data              # the problems, the settings with their reasons, what is printed
+    from toy_data import DemoError
 except ModuleNotFoundError:      # this file was copied alone: all but the demo works
-    toy_data = None
+    toy_data, DemoError = None, ModuleNotFoundError
 
-# == 10. The denoiser ==============================================================================
+# == 9. The denoiser ===============================================================================
 # A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
 
 class Denoiser(nn.Module):
@@ -473,7 +418,7 @@ class Denoiser(nn.Module):
             x = block(x)                         # attends to both sides: there is no causal mask
         return self.head(self.norm(x))                                   # (B, L+N, V)
 
-# == 11. One training loop for pretraining and for every arm =======================================
+# == 10. One training loop for pretraining and for every arm =======================================
 
 def random_stream(seed, purpose, device="cpu"):
     """A generator for each (seed, purpose): one never shifts another, so arms are paired."""
@@ -509,7 +454,7 @@ def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, s
             tqdm.write(f"    update {update:5d}  loss {loss.item():.3f}")
     return model.eval()
 
-# == 12. Self-distillation and the arms ============================================================
+# == 11. Self-distillation and the arms ============================================================
 # The base answers the queries of the new domain and a checker keeps the right answers: that is all
 # the data there is.  SFT-GT gets a reference solution for the query of every kept answer instead.
 
@@ -573,7 +518,7 @@ def self_distil(base, problems, config, seed):
                                           random_stream(seed, "references"))
     return distilled, as_trajectories(*reference), asked, n_rollouts
 
-# == 13. Evaluation ================================================================================
+# == 12. Evaluation ================================================================================
 # Always the last checkpoint and every test problem.  blank has few prompts and many right answers:
 # each prompt is sampled many times, and accuracy is kept per problem, to compare arms in pairs.
 
@@ -616,14 +561,7 @@ def evaluate(model, tests, held_out, config, seed):
         "per problem": [percent(samples) for samples in correct.split(config.samples)]}
     return figures, (answers, correct)
 
-def compare(arm, rival):
-    """Paired difference in the new domain: mean, 95 % bootstrap interval over test problems."""
-    difference = np.subtract(arm["per problem"], rival["per problem"])
-    draws = np.random.default_rng(0).integers(len(difference), size=(4000, len(difference)))
-    low, high = np.quantile(difference[draws].mean(1), (0.025, 0.975))
-    return float(difference.mean()), float(low), float(high)
-
-# == 14. The demo ==================================================================================
+# == 13. The demo ==================================================================================
 
 def pretrained(config, seed, splits, device, bases):
     """The base of a seed: from `bases` {seed: weights} if it is there, else trained and added."""
@@ -696,48 +634,30 @@ def run_seed(config, seed, arms, device, bases):
                   warmup=config.warmup, seed=seed, label=arm)
         results[arm], answers[arm] = evaluate(model, tests, distilled[~training], config, seed)
         if arm in arms:
-            results[arm]["change"] = compare(results[arm], results["No-SFT"])
+            results[arm]["change"] = toy_data.compare(results[arm], results["No-SFT"])
         tuned = model.state_dict() if arm == "TABOM" else tuned
         say(f"    {arm:10}  new {results[arm]['new']:5.1f}  old {results[arm]['old']:5.1f}")
 
-    stage("The table")
-    say(toy_data.EXPLANATION)
-    say(toy_data.results_table(results))
-    stage("TDS by decoding step, from everything masked to two masked positions")
-    say(toy_data.curves({arm: row["TDS curve"] for arm, row in results.items()
-                         if arm in ("No-SFT", "SFT-SD", "TABOM")}))
-    if "TABOM" in arms:
-        stage("Three answers that the base got wrong and TABOM right, then one the other way")
-        say(toy_data.differences(*answers["No-SFT"], *answers["TABOM"]))
-    stage("What this run shows (one seed: figures, no proof)")
-    leads = {arm: compare(results["TABOM"], row) for arm, row in results.items()
-             if "TABOM" in arms and arm != "TABOM"}
-    claims = toy_data.judge(results, leads, own_nll, reference_nll)
-    for claim, held in claims:
-        say(f"    {'held        ' if held else 'did NOT hold'}  {claim}")
+    text, claims = toy_data.report(results, answers, own_nll, reference_nll)
+    say(text)
     return {"arms": results, "mask ratios": ratios, "self-distilled nll": own_nll,
             "reference nll": reference_nll, "rollouts": n_rollouts, "valid": len(distilled),
             "claims": claims, "seconds": time.time() - started}, tuned
 
-# == 15. The command line ==========================================================================
+# == 14. The command line ==========================================================================
 
 def write_whole(path, write):
     """write(file) fills a temporary file, which becomes `path` when it is complete."""
+    partial = Path(f"{path}.partial")
     try:
-        with open(f"{path}.partial", "wb") as file:
+        with open(partial, "wb") as file:
             write(file)
-        os.replace(f"{path}.partial", path)
+        partial.replace(path)
     finally:
-        if os.path.exists(f"{path}.partial"):
-            os.remove(f"{path}.partial")
-
-def kind_of_base(config):
-    """The settings that a stored base must share with the run."""
-    return {name: value for name, value in asdict(config).items()
-            if name in ("new_domain", "layers", "width", "heads") or name.startswith("pretrain_")}
+        partial.unlink(missing_ok=True)
 
 def save_models(path, config, weights):
-    contents = {"kind": kind_of_base(config), "weights": weights}
+    contents = {"kind": config.kind_of_base(), "weights": weights}
     write_whole(path, lambda file: torch.save(contents, file))
 
 def load_models(path, config):
@@ -748,22 +668,9 @@ def load_models(path, config):
     except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError,
             pickle.UnpicklingError) as error:
         raise DemoError(f"{path} is no base file of this program: name another.") from error
-    if kind != kind_of_base(config):
-        raise DemoError(f"{path} holds other bases ({kind}): name another file, or use --set.")
+    require(kind == config.kind_of_base(),
+            f"{path} holds other bases ({kind}): name another file, or use --set.", DemoError)
     return weights
-
-def make_config(overrides, quick):
-    """["name=value", ...] -> Config, on top of the recipe of the new domain."""
-    kinds, values = {field.name: type(field.default) for field in fields(Config)}, {}
-    for name, _, text in (override.partition("=") for override in overrides):
-        if name not in kinds:
-            raise DemoError(f"--set: there is no setting {name!r}, only {', '.join(kinds)}.")
-        try:
-            values[name] = kinds[name](text)
-        except ValueError as error:
-            raise DemoError(f"--set {name}: {text!r} is no {kinds[name].__name__}.") from error
-    recipe = MUL if values.get("new_domain") == "mul" else {}
-    return Config(**{**recipe, **(QUICK if quick else {}), **values})
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(prog="tabom.py", description=__doc__.split("\n")[0],
@@ -775,7 +682,8 @@ def parse_arguments(arguments):
         help="each is a base, problems and batches of its own")
     add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=" ".join(ARMS))
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of Config")
+    add("--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a field of Config in toy_data.py")
     add("--base", metavar="FILE", help="reuse the pretrained bases in FILE; new ones are added")
     add("--save", metavar="FILE", help="write the TABOM models; the file can serve as --base")
     add("--json", metavar="FILE", help="write every figure of the run")
@@ -786,33 +694,33 @@ def parse_arguments(arguments):
 
 def demo(options):
     """Check everything first, then run the seeds, writing what was asked for after each."""
-    if toy_data is None:
-        raise DemoError("toy_data.py is missing; it belongs beside tabom.py.")
-    config = make_config(options.set, options.quick)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise DemoError("--device cuda: PyTorch finds no CUDA device here; leave --device out.")
-    if options.save and "TABOM" not in options.arms:
-        raise DemoError("--save writes the TABOM models, so --arms must name TABOM.")
-    if len(set(options.seeds)) < len(options.seeds) or not 0 <= min(options.seeds):
-        raise DemoError("--seeds takes different numbers from 0 up.")
-    paths = [path for path in (options.base, options.save, options.json) if path]
-    if len(set(map(os.path.abspath, paths))) < len(paths):
-        raise DemoError("two of --base, --save and --json are one file; name two files.")
+    require(toy_data, "toy_data.py is missing; it belongs beside tabom.py.", DemoError)
+    config = toy_data.make_config(options.set, options.quick)
+    arms, seeds = [arm for arm in ARMS if arm in options.arms], options.seeds
+    paths = [os.path.abspath(path) for path in (options.base, options.save, options.json) if path]
+    require(options.device != "cuda" or torch.cuda.is_available(),
+            "--device cuda: PyTorch finds no CUDA device here; leave --device out.", DemoError)
+    require("TABOM" in arms or not options.save,
+            "--save writes the TABOM models, so --arms must name TABOM.", DemoError)
+    require(len(set(seeds)) == len(seeds) and min(seeds) >= 0,
+            "--seeds takes different numbers from 0 up.", DemoError)
+    require(len(set(paths)) == len(paths),
+            "two of --base, --save and --json are one file; name two files.", DemoError)
     for path in paths:
-        if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-            raise DemoError(f"{path} cannot be written: it is a folder, or its folder is missing "
-                            "or write-protected.")
+        require(os.access(os.path.dirname(path), os.W_OK) and not os.path.isdir(path),
+                f"{path} cannot be written: it is a folder, or its folder is missing or "
+                "write-protected.", DemoError)
     bases = load_models(options.base, config) if os.path.exists(options.base or "") else {}
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     hardware = (torch.cuda.get_device_name() if device.type == "cuda" else
                 f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
     say(f"TABOM on synthetic arithmetic: {hardware}, PyTorch {torch.__version__}, seeds "
-        f"{options.seeds}.\nA small base records how it decodes, is fine-tuned in "
-        f"{len(set(options.arms))} ways,\nand all are compared in the new domain and the old ones.")
+        f"{seeds}.\nA small base records how it decodes, is fine-tuned in {len(arms)} ways,\n"
+        "and all are compared in the new domain and the old ones.")
     if options.quick:
         say("--quick trains far too little: the numbers below mean nothing.")
-    arms, runs, models = [arm for arm in ARMS if arm in options.arms], {}, {}
-    for seed in options.seeds:
+    runs, models = {}, {}
+    for seed in seeds:
         runs[seed], models[seed] = run_seed(config, seed, arms, device, bases)
         if options.base:
             save_models(options.base, config, bases)
@@ -822,7 +730,7 @@ def demo(options):
         say(f"\nMean ± standard deviation of {len(runs)} seeds; differences paired within a seed")
         say(toy_data.summary_table([run["arms"] for run in runs.values()]))
     if options.json:
-        report = {"config": asdict(config), "seeds": options.seeds, "quick": options.quick,
+        report = {"config": asdict(config), "seeds": seeds, "quick": options.quick,
                   "device": hardware, "torch": torch.__version__,
                   "python": platform.python_version(), "runs": runs}
         write_whole(options.json, lambda file: file.write(json.dumps(report, indent=1).encode()))

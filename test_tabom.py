@@ -1462,8 +1462,8 @@ def test_claims_follow_the_figures():
 def test_compare_is_paired():
     """The mean difference, with an interval that is a point when every problem differs alike."""
     one, other = {"per problem": [10.0, 50.0, 90.0]}, {"per problem": [5.0, 45.0, 85.0]}
-    assert tabom.compare(one, other) == (5.0, 5.0, 5.0)
-    mean_, low, high = tabom.compare(one, {"per problem": [90.0, 50.0, 10.0]})
+    assert toy_data.compare(one, other) == (5.0, 5.0, 5.0)
+    mean_, low, high = toy_data.compare(one, {"per problem": [90.0, 50.0, 10.0]})
     assert mean_ == 0 and low < 0 < high
 
 
@@ -1635,4 +1635,4 @@ def test_the_settings_and_flags_of_the_readme_exist():
     """No command in the README names a flag or a setting that the program does not have."""
     for command in re.findall(r"python tabom\.py[^`\n|&]*", README):
         options = tabom.parse_arguments(command.split()[2:])
-        tabom.make_config(options.set, options.quick)
+        toy_data.make_config(options.set, options.quick)

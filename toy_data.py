@@ -26,9 +26,13 @@ working has few likely values and *looks* easier than the free choice it depends
 first, it asks for a factor that fits, which is hard to find.  The good order (factor, working,
 product) is what the model must learn; the skill of multiplying it already has.
 
-The problems come first, as plain tensors; nothing here knows how they are used.  The last part
-turns answers and figures into the text that the demo prints.
+The problems come first, as plain tensors; nothing there knows how they are used.  Then the recipe:
+every setting of the demo and its value for this toy.  Last, figures become text to print.
 """
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
 import torch
 
 VOCABULARY = "0123456789+-×="       # one character per token; [MASK] is an input only
@@ -201,6 +205,89 @@ def pretraining_corpus(new_domain, splits):
     return tuple(torch.cat(column) for column in zip(*columns))
 
 
+# == The recipe: the settings of a run, and the toy's values for them ==============================
+
+class DemoError(Exception):
+    """Something the user of the demo can mend, in one sentence."""
+
+
+CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer", "none"),
+           "collect_order": ("entropy", "confidence", "margin", "random"),
+           "reference_hand": ("own", "other"), "split": ("validation", "test")}
+MAY_BE_ZERO = ("collect_temperature", "margin", "rank_weight", "temperature")
+# What is different when multiplication itself is the new domain, and in a --quick run.
+MUL = dict(queries=4000, tries=8, collect_order="entropy", window_size=4, margin=0.2,
+           rank_weight=1.0, test_problems=1200, samples=1, temperature=0.0)
+QUICK = dict(pretrain_updates=150, queries=200, rollout_filter="none", updates=20,
+             test_problems=20, samples=2)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Each setting with its reason, and the paper's value where it has one.
+
+    An arm is a way to fine-tune: TABOM or one of its rivals.  The defaults are the recipe of blank.
+    """
+    new_domain: str = "blank"         # what the base lacks: "blank" the order, "mul" the skill
+    # the base
+    layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
+    width: int = 96
+    heads: int = 4
+    pretrain_updates: int = 3000      # until the old domains are nearly perfect
+    pretrain_batch: int = 128
+    pretrain_learning_rate: float = 3e-3
+    # self-distillation
+    queries: int = 48000              # asked in turn, over and over (paper: 12K and 17K)
+    tries: int = 1                    # rollouts per query at most, until a valid one (paper: 1)
+    collect_order: str = "random"     # then the checker selects good *orders* (paper: "entropy")
+    collect_temperature: float = 1.0  # explores the tokens (paper: low)
+    rollout_filter: str = "working"   # all must be right; "answer": as the paper; "none": a control
+    reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
+    # fine-tuning, the same for every arm
+    updates: int = 400                # (paper: 5 epochs)
+    batch_size: int = 64              # (paper: 32)
+    learning_rate: float = 1e-4       # (paper: 2e-5, LoRA)
+    warmup: int = 20                  # updates (paper: 50)
+    # trajectory masking and TABOM
+    window_size: int = 13             # all pairs of the response (paper: 32 of 256)
+    margin: float = 1.0               # gamma, nats (paper: 0.1 to 0.3)
+    rank_weight: float = 2.0          # lambda (paper: 1 and 2); more gains more, on fewer factors
+    # evaluation
+    split: str = "test"               # "validation" for tuning
+    test_problems: int = 400          # per domain at most
+    samples: int = 32                 # answers per problem of the new domain: blank has few
+    temperature: float = 1.0          # of those answers; the old domains are answered greedily
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, str) and value not in CHOICES[name]:
+                raise DemoError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}.")
+            lowest = 0 if name in MAY_BE_ZERO else 1e-9
+            if not isinstance(value, str) and not lowest <= value < math.inf:
+                raise DemoError(f"{name} must be positive, not {value}.")
+        if self.width % self.heads:
+            raise DemoError(f"width {self.width} must be a multiple of heads {self.heads}.")
+
+    def kind_of_base(self):
+        """The settings that a stored base must share with the run."""
+        return {name: value for name, value in vars(self).items()
+                if name in ("new_domain", "layers", "width", "heads") or "pretrain_" in name}
+
+
+def make_config(overrides, quick):
+    """["name=value", ...] -> Config, on top of the recipe of the new domain."""
+    kinds, values = {field.name: type(field.default) for field in fields(Config)}, {}
+    for name, _, text in (override.partition("=") for override in overrides):
+        if name not in kinds:
+            raise DemoError(f"--set: there is no setting {name!r}, only {', '.join(kinds)}.")
+        try:
+            values[name] = kinds[name](text)
+        except ValueError as error:
+            raise DemoError(f"--set {name}: {text!r} is no {kinds[name].__name__}.") from error
+    recipe = MUL if values.get("new_domain") == "mul" else {}
+    return Config(**{**recipe, **(QUICK if quick else {}), **values})
+
+
 # == What the demo prints: tensors and figures in, text out ========================================
 
 EXPLANATION = """\
@@ -264,6 +351,14 @@ def curves(by_arm):
     return "\n".join(lines)
 
 
+def compare(arm, rival):
+    """Paired difference in the new domain: mean, 95 % bootstrap interval over test problems."""
+    difference = np.subtract(arm["per problem"], rival["per problem"])
+    draws = np.random.default_rng(0).integers(len(difference), size=(4000, len(difference)))
+    low, high = np.quantile(difference[draws].mean(1), (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
 def judge(results, leads, own_nll, reference_nll):
     """The promises of the method, judged by the figures of one run: [(claim, held)].
 
@@ -285,6 +380,28 @@ def judge(results, leads, own_nll, reference_nll):
             raised = results["TABOM"]["TDS"] - results[arm]["TDS"]
             claims.append((f"TABOM raises TDS over {arm} ({raised:+.2f})", raised > 0))
     return claims
+
+
+def report(results, answers, own_nll, reference_nll):
+    """The end of a run in text, and the claims it judges: [(claim, held)].
+
+    results {arm: figures}; answers {arm: (Trajectories, correct)}; nats by mask ratio (Fig. 3).
+    """
+    lines = ["\nThe table", EXPLANATION, results_table(results),
+             "\nTDS by decoding step, from everything masked to two masked positions",
+             curves({arm: row["TDS curve"] for arm, row in results.items()
+                     if arm in ("No-SFT", "SFT-SD", "TABOM")})]
+    leads = {}
+    if "TABOM" in results:
+        leads = {arm: compare(results["TABOM"], row) for arm, row in results.items()
+                 if arm != "TABOM"}
+        lines += ["\nThree answers that the base got wrong and TABOM right, then one the other way",
+                  differences(*answers["No-SFT"], *answers["TABOM"])]
+    claims = judge(results, leads, own_nll, reference_nll)
+    lines += ["\nWhat this run shows (one seed: figures, no proof)",
+              *(f"    {'held        ' if held else 'did NOT hold'}  {claim}"
+                for claim, held in claims)]
+    return "\n".join(lines), claims
 
 
 def in_words(prompt, response, decode_rank):
