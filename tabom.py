@@ -15,15 +15,15 @@ inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzm
     python tabom.py --demo            all of it on synthetic arithmetic, against five other arms
     python tabom.py --demo --quick    the same chain in about a minute, only to see that it runs
 
-Sections 1-8 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
-Sections 9-15 are the demo: settings, a small model, one training loop, evaluation.
+Sections 1-9 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
+Sections 10-15 are the demo: a small model, one training loop, evaluation; toy_data.py has the rest.
 
 Shapes: B sequences, L prompt tokens, N response tokens, V vocabulary, D width.  Entropies in nats.
-Prompts of a batch have one length.
 Simplified: 0.3 million parameters, arithmetic for language; all weights are fine-tuned (paper:
 LoRA); the paper measures each token's entropy in the state just before it is revealed, we measure
 all those of a window in one state, at the cut.
 """
+# ==== The method begins here: sections 1-9 are one block to copy; they need nothing but torch =====
 import copy
 from dataclasses import dataclass
 
@@ -42,13 +42,24 @@ class Trajectories:
     prompt      (B, L) int64
     response    (B, N) int64
     decode_rank (B, N) int64: 0 = revealed first = easiest; in each row a permutation of 0 .. n-1
-                over the n positions that were decoded, and -1 where the token was given beforehand
-    entropy     (B, N) float32, nats, of each position just before it was revealed; 0 where given
+                over its n valid positions, and -1 at the others.  Those show what `response` holds
+                there (a given token, padding, mask_id) and are never trained, ranked or counted.
+    entropy     (B, N) float, nats, of each position just before it was revealed; 0 if not valid
+    A wrong shape or dtype raises ValueError; `validate` looks at the values too.  As one file:
+    torch.save(vars(trajectories), "x.pt") and Trajectories(**torch.load("x.pt")).
     """
     prompt: Tensor
     response: Tensor
     decode_rank: Tensor
     entropy: Tensor
+
+    def __post_init__(self):
+        shapes = [tuple(tensor.shape) for tensor in vars(self).values()]
+        require([len(shape) for shape in shapes] == [2] * 4 and shapes[0][0] == shapes[1][0]
+                and shapes[1] == shapes[2] == shapes[3],
+                f"prompt must be (B, L) and the other three fields (B, N), not {shapes}.")
+        require(all(tensor.dtype == torch.int64 for tensor in list(vars(self).values())[:3]),
+                "prompt, response and decode_rank must be int64.")
 
     def __getitem__(self, rows):
         """Rows by boolean mask, index tensor or slice."""
@@ -60,10 +71,29 @@ class Trajectories:
     def to(self, device):
         return Trajectories(*(field.to(device) for field in vars(self).values()))
 
+    def only(self, valid):
+        """Leave out positions that are not `valid` (B, N) bool: padding behind the end, say."""
+        rank = ranks_from_steps(self.decode_rank.masked_fill(~valid, -1), self.entropy)
+        return Trajectories(self.prompt, self.response, rank, self.entropy.masked_fill(~valid, 0))
+
     @property
     def n_decoded(self):
-        """(B,) n: all N positions less those that were given."""
+        """(B,) n: all N positions less those that are not valid."""
         return (self.decode_rank >= 0).sum(1)
+
+def require(fact, message):
+    if not fact:
+        raise ValueError(message)
+
+def rank_in_row(values):
+    """(B, N) -> (B, N) int64: 0 for the smallest of a row; of equal ones the leftmost is first."""
+    return values.argsort(dim=1, stable=True).argsort(dim=1)
+
+def ranks_from_steps(step, entropy):
+    """(B, N) step of each reveal, -1 = never -> decode_rank.  Ties: by entropy, then position."""
+    turn = step * step.shape[1] + rank_in_row(entropy)
+    turn = turn.masked_fill(step < 0, torch.iinfo(torch.int64).max)
+    return rank_in_row(turn).masked_fill(step < 0, -1)
 
 def segment_masks(decode_rank, n_visible, window_size):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
@@ -74,27 +104,31 @@ def segment_masks(decode_rank, n_visible, window_size):
     """
     require(isinstance(window_size, Tensor) or window_size >= 1,
             f"window_size must be at least 1, not {window_size}.")
-    n_visible, window_size = (torch.as_tensor(value, device=decode_rank.device).reshape(-1, 1)
-                              for value in (n_visible, window_size))     # (B, 1) or (1, 1)
+    n_visible, window_size = (value[:, None] if isinstance(value, Tensor) else value
+                              for value in (n_visible, window_size))     # (B, 1) or int
     visible = decode_rank < n_visible
     masked = ~visible
     window = masked & (decode_rank < n_visible + window_size)
     return visible, masked, window
 
-def response_logits(model, prompt, x_t, mask_id):
-    """The one seam to a model: prompt and x_t (B, N) go in, the logits (B, N, V) of x_t come out.
+def response_logits(model, prompt, x_t, at=None):
+    """The one seam to a model: logits of x_t (B, N), all of them or `at` some positions (B, W)."""
+    tokens = torch.cat([prompt, x_t], 1)
+    logits = model(tokens)                                               # (B, L+N, V)
+    require(logits.dim() == 3 and logits.shape[:2] == tokens.shape, "the model must return logits "
+            f"{tuple(tokens.shape)} + (V,), not {tuple(logits.shape)}.")
+    if at is None:
+        return logits[:, prompt.shape[1]:]                               # (B, N, V)
+    row_start = torch.arange(len(at), device=at.device)[:, None] * tokens.shape[1]
+    flat = (row_start + prompt.shape[1] + at).flatten()
+    return logits.flatten(0, 1).index_select(0, flat).unflatten(0, at.shape)   # (B, W, V)
 
-    If the vocabulary has an entry for [MASK], it is banned: no response contains it.
-    """
-    logits = model(torch.cat([prompt, x_t], 1))[:, prompt.shape[1]:]     # (B, N, V)
-    if mask_id < logits.shape[-1]:
-        is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
-        logits = logits.masked_fill(is_mask, -torch.inf)
-    return logits
-
-def require(fact, message, error=ValueError):
-    if not fact:
-        raise error(message)
+def ban_mask(logits, mask_id):
+    """If the vocabulary has an entry for [MASK], make it impossible: no response contains it."""
+    if mask_id >= logits.shape[-1]:
+        return logits
+    is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+    return logits.masked_fill(is_mask, -torch.inf)
 
 def mean_over_rows(values, chosen):
     """(B, N) -> scalar: mean over the chosen positions of a row (0 without any), then over rows."""
@@ -113,41 +147,46 @@ def predictive_entropy(logits):
 
     An entry of -inf is a banned token and contributes exactly 0, also to the gradient.
     """
-    log_p = logits.float().log_softmax(-1)
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
     log_p = log_p.clamp(min=torch.finfo(torch.float32).min)              # 0 * -inf would be nan
     return -(log_p.exp() * log_p).sum(-1)
 
 # == 3. Decode from easy to hard, and remember the order (Eq. 2, Def. 1) ===========================
 # Start fully masked.  At each step ask the model about every masked position and write the surest
-# ones.  Noting the rank of each position is all it takes to record a trajectory.
+# ones.  Noting the step of each position is all it takes to record a trajectory.
 
 ORDERS = ("entropy", "confidence", "margin", "random")
 
-def difficulty(logits, entropy, order, generator):
-    """(B, N, V), (B, N) -> (B, N): what is lower is revealed sooner.  For `order` see `decode`."""
-    if isinstance(order, Tensor):
-        return rank_in_row(order[None]).to(entropy).expand_as(entropy)
-    if order == "entropy":
-        return entropy
-    if order == "random":
-        return torch.rand(entropy.shape, generator=generator, device=entropy.device)
-    best, second = logits.float().softmax(-1).topk(2).values.unbind(-1)
-    return -best if order == "confidence" else second - best
+def entropy_and_difficulty(logits, mask_id, order="entropy", part_size=2 ** 21):
+    """(B, N, V) -> entropy and what the order sorts by, the easiest lowest: (B, N) each.
+
+    A few positions at a time: large logits are read once and never copied whole.
+    """
+    entropy = torch.empty(logits.shape[:2], device=logits.device)
+    difficulty = torch.empty_like(entropy)
+    n_positions = max(1, part_size // max(1, logits[:, :1].numel()))
+    for start in range(0, logits.shape[1], n_positions):
+        some = slice(start, start + n_positions)
+        part = ban_mask(logits[:, some], mask_id)
+        entropy[:, some] = difficulty[:, some] = predictive_entropy(part)
+        if order == "confidence":
+            difficulty[:, some] = -part.softmax(-1, dtype=torch.float32).amax(-1)
+        if order == "margin":
+            best, second = part.softmax(-1, dtype=torch.float32).topk(2).values.unbind(-1)
+            difficulty[:, some] = second - best
+    return entropy, difficulty
 
 def pick_tokens(logits, temperature, generator):
-    """(n, V) -> (n,): the likeliest tokens, or samples if the temperature is above 0."""
+    """(..., V) -> (...): the likeliest tokens, or samples if the temperature is above 0."""
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
-
-def rank_in_row(values):
-    """(B, N) -> (B, N) int64: 0 for the smallest of a row; of equal ones the leftmost is first."""
-    return values.argsort(dim=1, stable=True).argsort(dim=1)
+    race = p / torch.empty_like(p).exponential_(generator=generator)     # v is first with p(v)
+    return race.argmax(-1)
 
 @torch.no_grad()
 def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_per_step=1,
-           temperature=0.0, block_length=None, generator=None, given=None):
+           temperature=0.0, block_length=None, generator=None, given=None, valid=None):
     """Answer prompts (B, L) -> `Trajectories` with responses of `response_length` = N tokens.
 
     order            what counts as easy: the lowest "entropy" (Eq. 2), the highest top probability
@@ -158,7 +197,8 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
     block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
     generator        seeds sampling and the random order; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and `mask_id` where to decode
-    Raises ValueError for a setting out of range, and for a model that returns nan.
+    valid            (B, N) bool: positions that are False keep what they hold, [MASK] or given
+    A row with nothing to decode comes back as it is.  Raises ValueError for a wrong setting or nan.
     """
     if isinstance(order, Tensor):
         require(order.shape == (response_length,) and order.isfinite().all(),
@@ -169,58 +209,69 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
                         ("block_length", block_length)):
         require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
     require(temperature >= 0, f"temperature must be 0 or more, not {temperature}.")
+    require(prompt.dim() == 2 and prompt.dtype == torch.int64, "the prompt must be (B, L) int64.")
     require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
     shape, device = (len(prompt), response_length), prompt.device
-    require(given is None or given.shape == shape, f"given must have the shape {shape}.")
+    for name, tensor, dtype in (("given", given, torch.int64), ("valid", valid, torch.bool)):
+        require(tensor is None or (tensor.shape == shape and tensor.dtype == dtype),
+                f"{name} must have the shape {shape} and be {dtype}.")
 
-    response = prompt.new_full(shape, mask_id) if given is None else given.clone()
+    response = prompt.new_full(shape, mask_id) if given is None else given
     masked = response == mask_id                 # from here on tracked, not read off the tokens
-    decode_rank = torch.full_like(response, -1)
-    entropy_at_reveal = torch.zeros(shape, device=device)
+    masked = masked if valid is None else masked & valid
+    step_of, entropy_at_reveal = torch.full_like(response, -1), torch.zeros(shape, device=device)
     block = torch.arange(response_length, device=device) // (block_length or response_length)
-    while masked.any():
-        logits = response_logits(model, prompt, response, mask_id)       # (B, N, V)
-        entropy = predictive_entropy(logits)                             # (B, N)
-        require(entropy.isfinite().all(), "the model returned nan or +inf logits.")
+    in_block = torch.zeros_like(response).index_add(1, block, masked.long())     # (B, N) counts
+    n_steps = -(-in_block // tokens_per_step)                            # rounded up
+    for step in range(max(n_steps.sum(1).tolist(), default=0)):
+        logits = response_logits(model, prompt, response)                # (B, N, V)
+        entropy, difficulty = entropy_and_difficulty(logits, mask_id, order)
+        if isinstance(order, Tensor):
+            difficulty = order.to(entropy).expand(shape)
+        elif order == "random":
+            difficulty = torch.rand(shape, generator=generator, device=device)
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
         candidates = masked & (block == current_block)
-        score = difficulty(logits, entropy, order, generator)
-        easiest = rank_in_row(score.masked_fill(~candidates, torch.inf)) < tokens_per_step
-        chosen = candidates & easiest                                    # Eq. 2
-        response[chosen] = pick_tokens(logits[chosen], temperature, generator)
-
-        n_visible = decode_rank.amax(1, keepdim=True) + 1                # revealed before this step
-        rank_in_step = rank_in_row(entropy.masked_fill(~chosen, torch.inf))
-        decode_rank = torch.where(chosen, n_visible + rank_in_step, decode_rank)
+        at = difficulty.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True)
+        at = at[:, :tokens_per_step]                                     # (B, b) positions: Eq. 2
+        chosen = torch.zeros_like(masked).scatter(1, at, candidates.gather(1, at))
+        logits = logits.take_along_dim(at[..., None], 1)                 # (B, b, V)
+        tokens = pick_tokens(ban_mask(logits, mask_id), temperature, generator)
+        response = torch.where(chosen, response.scatter(1, at, tokens), response)
+        step_of = step_of.masked_fill(chosen, step)
         entropy_at_reveal = torch.where(chosen, entropy, entropy_at_reveal)
         masked = masked & ~chosen
-    return Trajectories(prompt, response, decode_rank, entropy_at_reveal)
+    require(entropy_at_reveal.isfinite().all() and not masked.any(),
+            "the model returned nan or +inf logits.")
+    return Trajectories(prompt, response, ranks_from_steps(step_of, entropy_at_reveal),
+                        entropy_at_reveal)
 
 # == 4. Training by the book: uniform masking (Eq. 1) ==============================================
 # Hide a random share of the response and predict it: the NELBO, negative evidence lower bound.  Any
 # set of positions may be visible, but the decoder above visits only a few, easy-to-hard ones.
 # This is the gap that TABOM closes.
 
-def token_nll(logits, response):
-    """-log p of each token: (B, N, V), (B, N) -> (B, N) float32, nats."""
-    return F.cross_entropy(logits.float().transpose(1, 2), response, reduction="none")
+def token_nll(logits, tokens):
+    """-log p of each token: (B, W, V), (B, W) -> (B, W) float32, nats."""
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    return -log_p.gather(-1, tokens[..., None]).squeeze(-1)
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
     """Eq. 1: mean over the masked positions of a row, then over rows; ranks are not used.
 
     Each row draws a mask ratio from 0 .. 1, unless `mask_ratio` sets it for all, and masks each
-    of its decoded positions with that probability, but at least one.  Returns loss, metrics.
+    of its valid positions with that probability, but at least one.  Returns loss, metrics.
     """
     require(0 <= (mask_ratio or 0) <= 1, f"mask_ratio must be from 0 to 1, not {mask_ratio}.")
-    response, decoded = trajectories.response, trajectories.decode_rank >= 0
+    response, valid = trajectories.response, trajectories.decode_rank >= 0
     ratio = torch.rand(len(response), 1, generator=generator, device=response.device)
     draw = torch.rand(response.shape, generator=generator, device=response.device)
-    draw = draw.masked_fill(~decoded, torch.inf)
+    draw = draw.masked_fill(~valid, torch.inf)
     ratio = ratio if mask_ratio is None else torch.full_like(ratio, mask_ratio)
-    masked = decoded & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
+    masked = valid & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
     x_t = response.masked_fill(masked, mask_id)
-    logits = response_logits(model, trajectories.prompt, x_t, mask_id)   # (B, N, V)
-    loss = mean_over_rows(token_nll(logits, response), masked)           # Eq. 1
+    logits = ban_mask(response_logits(model, trajectories.prompt, x_t), mask_id)       # (B, N, V)
+    loss = mean_over_rows(token_nll(logits, response.masked_fill(~masked, 0)), masked)  # Eq. 1
     return loss, {"nll": loss.detach()}
 
 # == 5. The ranking loss (Eq. 7-8) =================================================================
@@ -250,20 +301,32 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
 # Replay a recorded state: show exactly what had been revealed before a random cut.  Then teach two
 # things about the tokens that came next: *what* they are, and *in which order* they came.
 
+def window_at_cut(model, trajectories, n_visible, window_size, mask_id):
+    """Show the state after `n_visible` reveals -> logits (B, W, V) of its window, in reveal order,
+    and response, decode_rank and window (B, W) at these W positions (False past the last rank)."""
+    response, decode_rank = trajectories.response, trajectories.decode_rank
+    _, masked, window = segment_masks(decode_rank, n_visible, window_size)
+    x_t = response.masked_fill(masked, mask_id)
+    at = decode_rank.masked_fill(~window, response.shape[1]).argsort(1)  # the window comes first
+    at = at if isinstance(window_size, Tensor) else at[:, :window_size]  # (B, W)
+    logits = ban_mask(response_logits(model, trajectories.prompt, x_t, at), mask_id)
+    response = response.masked_fill(~window, 0)                          # no target outside
+    return logits, *(tensor.gather(1, at) for tensor in (response, decode_rank, window))
+
 def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, margin, rank_weight,
                n_visible=None):
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss; row means.
 
     window_size in tokens; margin in nats; n_visible (B,): where to cut, by default drawn from
-    0 .. n-1.  Raises ValueError for a window below 1 or a negative margin.  Returns loss, metrics.
+    0 .. n-1.  Raises ValueError for a setting out of range.  Returns loss, metrics.
     """
-    response, decode_rank = trajectories.response, trajectories.decode_rank
+    require(margin >= 0 and rank_weight >= 0, "margin and rank_weight must be 0 or more, not "
+            f"{margin} and {rank_weight}.")
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
-    _, masked, window = segment_masks(decode_rank, n_visible, window_size)
-    x_t = response.masked_fill(masked, mask_id)
-    logits = response_logits(model, trajectories.prompt, x_t, mask_id)   # (B, N, V)
-    nll = mean_over_rows(token_nll(logits, response), window)
+    logits, tokens, decode_rank, window = window_at_cut(model, trajectories, n_visible, window_size,
+                                                        mask_id)
+    nll = mean_over_rows(token_nll(logits, tokens), window)
     entropy = predictive_entropy(logits)         # at the cut; in Eq. 5 each just before its turn
     rank_loss, pair_accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin)
     loss = nll + rank_weight * rank_loss                                 # Eq. 9
@@ -291,8 +354,9 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
         other = (one + 1 + draw_below(n, generator)) % (n + 1)           # any number but `one`
         times = torch.minimum(one, other), torch.maximum(one, other)
     start, end = times
-    return trajectory_loss(model, trajectories, mask_id=mask_id, n_visible=start,
-                           window_size=end - start)
+    logits, tokens, _, window = window_at_cut(model, trajectories, start, end - start, mask_id)
+    loss = mean_over_rows(token_nll(logits, tokens), window)
+    return loss, {"nll": loss.detach()}
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
     """T3D (arXiv 2602.12262): prefer the recorded tokens x0 to y^, what a reference would write.
@@ -302,22 +366,24 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path.
     reference: a callable like `model`, see `LaggedCopy`.  Returns loss, metrics.
     """
+    require(min(a, b, c) >= 0, f"a, b and c must be 0 or more, not {a}, {b}, {c}.")
     prompt, response, n_decoded = trajectories.prompt, trajectories.response, trajectories.n_decoded
     n_visible = draw_below(n_decoded, generator)
     _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
     x_t, n_masked = response.masked_fill(masked, mask_id), masked.sum(1).clamp(min=1)
-    logits = response_logits(model, prompt, x_t, mask_id)                # (B, N, V)
+    logits = ban_mask(response_logits(model, prompt, x_t), mask_id)      # (B, N, V)
     with torch.no_grad():
-        reference_logits = response_logits(reference, prompt, x_t, mask_id)
+        reference_logits = ban_mask(response_logits(reference, prompt, x_t), mask_id)
+    x_0 = response.masked_fill(~masked, 0)                               # no target outside
 
     def log_ratio(y):                                                    # l(y) - l_ref(y), (B,)
         difference = token_nll(reference_logits, y) - token_nll(logits, y)
         return torch.where(masked, difference, 0).sum(1) / n_masked
 
     rejected = reference_logits.argmax(-1)                               # y^
-    preference = -F.logsigmoid(b * log_ratio(response)) - a * F.logsigmoid(-b * log_ratio(rejected))
+    preference = -F.logsigmoid(b * log_ratio(x_0)) - a * F.logsigmoid(-b * log_ratio(rejected))
     path_weight = (n_decoded[:, None] - trajectories.decode_rank) / n_masked[:, None]
-    path = torch.where(masked, path_weight * token_nll(logits, response), 0).sum(1)
+    path = torch.where(masked, path_weight * token_nll(logits, x_0), 0).sum(1)
     loss = (preference + c * path).mean()
     return loss, {"preference": preference.mean().detach(), "path": path.mean().detach()}
 
@@ -353,15 +419,15 @@ def replay(model, trajectories, *, mask_id):
     for n_visible in range(trajectories.response.shape[1] + 1):
         _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
         x_t = trajectories.response.masked_fill(masked, mask_id)
-        logits = response_logits(model, trajectories.prompt, x_t, mask_id)
-        yield x_t, masked, predictive_entropy(logits)
+        logits = response_logits(model, trajectories.prompt, x_t)        # (B, N, V)
+        yield x_t, masked, entropy_and_difficulty(logits, mask_id)[0]
 
 def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
     """Score of each state of recorded trajectories -> score (B, N+1), counted (B, N+1) bool.
 
-    Column k has k tokens revealed.  A state counts if it masks two positions or more; with
-    `eos_id`, positions behind an end token that is already written are left out.
-    In nats squared.  The curve is the mean of each column over counted rows, Eq. 11 that of all.
+    Column k has k tokens revealed.  A state counts if it masks two positions or more; those behind
+    an `eos_id` that is already written are left out.  In nats squared.  The curve is the mean of
+    each column over counted rows, Eq. 11 that of all.
     """
     scores, counted = [], []
     for x_t, masked, entropy in replay(model, trajectories, mask_id=mask_id):
@@ -371,18 +437,40 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
         counted.append(masked.sum(1) >= 2)
     return torch.stack(scores, 1), torch.stack(counted, 1)
 
-# ==== The method ends here: above, what to copy; below, the demo ==================================
-import argparse
-import json
+# == 9. Trajectories from and to files =============================================================
+
+def from_decoding_order(prompt, response, decoding_order, entropy=None):
+    """Trajectories from other people's data: the step at which each position was written.
+
+    decoding_order (B, N), lists or int64: counts up from the first step; -1 = never decoded.
+    Equal steps are ordered by entropy (B, N) if there is one, else by position.
+    """
+    step = torch.as_tensor(decoding_order, device=response.device)
+    require(step.shape == response.shape and step.dtype == torch.int64, "decoding_order must hold "
+            f"one whole number for each token of {tuple(response.shape)}.")
+    entropy = torch.zeros(step.shape, device=step.device) if entropy is None else entropy
+    return Trajectories(prompt, response, ranks_from_steps(step, entropy), entropy)
+
+def validate(trajectories, mask_id, vocabulary_size):
+    """Look at every value and raise ValueError for a wrong one.  Call it once per data set: the
+    losses check shapes and settings only, since to look at values makes a GPU wait."""
+    prompt, response, decode_rank, entropy = vars(trajectories).values()
+    n, valid = response.shape[1], decode_rank >= 0
+    sorted_rank = torch.arange(n, device=response.device) - (n - valid.sum(1, keepdim=True))
+    require((decode_rank.sort(1).values == sorted_rank.clamp(min=-1)).all(),
+            "decode_rank must hold 0 .. n-1 once each in every row, and -1 elsewhere.")
+    for name, tokens in (("prompt", prompt), ("response", response[valid])):
+        require(not (tokens == mask_id).any(), f"the {name} contains mask_id ({mask_id}).")
+        require(((tokens >= 0) & (tokens < vocabulary_size)).all(),
+                f"the {name} contains a token outside of 0 .. {vocabulary_size - 1}.")
+    require(entropy.isfinite().all() and (entropy >= 0).all(), "an entropy is negative or nan.")
+
+# ==== The method ends here.  Below: the demo, a small model on synthetic arithmetic ===============
 import math
 import os
-import pickle
-import platform
 import sys
 import time
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
@@ -391,9 +479,9 @@ try:
     import toy_data              # the problems, the settings with their reasons, what is printed
     from toy_data import DemoError
 except ModuleNotFoundError:      # this file was copied alone: all but the demo works
-    toy_data, DemoError = None, ModuleNotFoundError
+    toy_data = None
 
-# == 9. The denoiser ===============================================================================
+# == 10. The denoiser ==============================================================================
 # A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
 
 class Denoiser(nn.Module):
@@ -418,7 +506,7 @@ class Denoiser(nn.Module):
             x = block(x)                         # attends to both sides: there is no causal mask
         return self.head(self.norm(x))                                   # (B, L+N, V)
 
-# == 10. One training loop for pretraining and for every arm =======================================
+# == 11. One training loop for pretraining and for every arm =======================================
 
 def random_stream(seed, purpose, device="cpu"):
     """A generator for each (seed, purpose): one never shifts another, so arms are paired."""
@@ -454,7 +542,7 @@ def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, s
             tqdm.write(f"    update {update:5d}  loss {loss.item():.3f}")
     return model.eval()
 
-# == 11. Self-distillation and the arms ============================================================
+# == 12. Self-distillation and the arms ============================================================
 # The base answers the queries of the new domain and a checker keeps the right answers: that is all
 # the data there is.  SFT-GT gets a reference solution for the query of every kept answer instead.
 
@@ -477,8 +565,7 @@ def concatenate(parts):
 
 def as_trajectories(prompt, response, given):
     """Solutions as Trajectories.  Nobody decoded them, so their ranks just count from the left."""
-    decode_rank = torch.where(given, -1, (~given).cumsum(1) - 1)
-    return Trajectories(prompt, response, decode_rank, torch.zeros_like(response).float())
+    return from_decoding_order(prompt, response, -given.long())
 
 def answer(model, domain, problems, generator, **settings):
     """Decode problems (n, 2) -> Trajectories, correct (n,) bool.  Settings as in `decode`."""
@@ -500,12 +587,9 @@ def self_distil(base, problems, config, seed):
     unanswered = torch.arange(config.queries, device=problems.device) % len(problems)
     n_rollouts, kept, asked = 0, [], []
     for _ in range(config.tries):                # each time the queries without a valid answer yet
-        rollouts, correct = answer(base, config.new_domain, problems[unanswered], generator,
-                                   temperature=config.collect_temperature,
-                                   order=config.collect_order)
-        working = toy_data.working_is_right(config.new_domain, rollouts.prompt, rollouts.response)
-        keep = {"working": correct & working, "answer": correct,
-                "none": torch.ones_like(correct)}[config.rollout_filter]
+        rollouts, _ = answer(base, config.new_domain, problems[unanswered], generator,
+                             temperature=config.collect_temperature, order=config.collect_order)
+        keep = toy_data.is_valid(config, rollouts.prompt, rollouts.response)
         kept, asked = [*kept, rollouts[keep]], [*asked, unanswered[keep]]
         n_rollouts, unanswered = n_rollouts + len(unanswered), unanswered[~keep]
         if not len(unanswered):
@@ -518,12 +602,11 @@ def self_distil(base, problems, config, seed):
                                           random_stream(seed, "references"))
     return distilled, as_trajectories(*reference), asked, n_rollouts
 
-# == 12. Evaluation ================================================================================
+# == 13. Evaluation ================================================================================
 # Always the last checkpoint and every test problem.  blank has few prompts and many right answers:
 # each prompt is sampled many times, and accuracy is kept per problem, to compare arms in pairs.
 
-def say(text=""):
-    print(text, flush=True)
+say = partial(print, flush=True)
 
 def percent(correct):
     return 100 * correct.float().mean().item()
@@ -561,7 +644,7 @@ def evaluate(model, tests, held_out, config, seed):
         "per problem": [percent(samples) for samples in correct.split(config.samples)]}
     return figures, (answers, correct)
 
-# == 13. The demo ==================================================================================
+# == 14. The demo ==================================================================================
 
 def pretrained(config, seed, splits, device, bases):
     """The base of a seed: from `bases` {seed: weights} if it is there, else trained and added."""
@@ -581,7 +664,6 @@ def pretrained(config, seed, splits, device, bases):
 def run_seed(config, seed, arms, device, bases):
     """The whole chain once -> every figure of the run; the weights of the TABOM model or None."""
     started, new, mask_id = time.time(), config.new_domain, toy_data.MASK_ID
-
     def stage(title):
         say(f"\n[{time.time() - started:4.0f} s] {title}")
 
@@ -593,20 +675,15 @@ def run_seed(config, seed, arms, device, bases):
              for domain, parts in splits.items()}
 
     stage("Why order matters: right answers of the base in percent, by order of decoding")
-    orders = {"entropy": "entropy", "random": "random", "left to right": toy_data.LEFT_TO_RIGHT,
-              "best": toy_data.BEST_ORDER}
-    rows = [[domain, *(percent(take_test(base, domain, problems, config, seed, order=order)[1])
-                       for order in orders.values())] for domain, problems in tests.items()]
-    rows = [[*row, row[-1] - row[1]] for row in rows]
-    say(toy_data.table(["domain", *orders, "order gap"], rows))
-    say("    best: factor, working, answer from its last digit; order gap: best minus entropy\n"
-        f"    new is {new}: {toy_data.WHAT_IS_NEW[new]}")
+    by_order = {domain: [percent(take_test(base, domain, problems, config, seed, order=order)[1])
+                         for order in toy_data.SHOWN_ORDERS.values()]
+                for domain, problems in tests.items()}
+    say(toy_data.orders_table(new, by_order))
 
     stage("A trajectory: the base multiplies, the easiest position first (Eq. 2)")
     trajectory, _ = answer(base, "mul", tests["mul"][:1], None)
     entropies = [entropy[0] for _, _, entropy in replay(base, trajectory, mask_id=mask_id)]
-    say(toy_data.draw_trajectory(trajectory[0], entropies,
-                                 styled=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    say(toy_data.draw_trajectory(trajectory, entropies))
 
     stage(f"Self-distillation (Def. 1): {config.queries} queries, {config.collect_order} order")
     queries = splits[new]["query"].to(device)
@@ -620,8 +697,7 @@ def run_seed(config, seed, arms, device, bases):
             [nelbo_loss(base, data[~training], mask_id=mask_id, mask_ratio=ratio,
                         generator=random_stream(seed, "masks", device))[0].item()
              for ratio in ratios] for data in (distilled, reference))
-    say(toy_data.table(["masked", *ratios], [["self-distilled", *map("{:.2f}".format, own_nll)],
-                                             ["reference", *map("{:.2f}".format, reference_nll)]]))
+    say(toy_data.likelihood_table(ratios, own_nll, reference_nll))
 
     stage(f"Fine-tune: same base, same batch order, {config.updates} updates, last checkpoint")
     results, answers, tuned = {}, {}, None
@@ -644,76 +720,17 @@ def run_seed(config, seed, arms, device, bases):
             "reference nll": reference_nll, "rollouts": n_rollouts, "valid": len(distilled),
             "claims": claims, "seconds": time.time() - started}, tuned
 
-# == 14. The command line ==========================================================================
-
-def write_whole(path, write):
-    """write(file) fills a temporary file, which becomes `path` when it is complete."""
-    partial = Path(f"{path}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-def save_models(path, config, weights):
-    contents = {"kind": config.kind_of_base(), "weights": weights}
-    write_whole(path, lambda file: torch.save(contents, file))
-
-def load_models(path, config):
-    """{seed: weights} from a file that --base or --save wrote."""
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-        kind, weights = contents["kind"], contents["weights"]
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError,
-            pickle.UnpicklingError) as error:
-        raise DemoError(f"{path} is no base file of this program: name another.") from error
-    require(kind == config.kind_of_base(),
-            f"{path} holds other bases ({kind}): name another file, or use --set.", DemoError)
-    return weights
-
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(prog="tabom.py", description=__doc__.split("\n")[0],
-                                     epilog="Start with: python tabom.py --demo")
-    add = parser.add_argument
-    add("--demo", action="store_true", help="run the whole chain and compare the arms")
-    add("--quick", action="store_true", help="the same in about a minute, only to see that it runs")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="SEED",
-        help="each is a base, problems and batches of its own")
-    add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=" ".join(ARMS))
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--set", action="append", default=[], metavar="NAME=VALUE",
-        help="a field of Config in toy_data.py")
-    add("--base", metavar="FILE", help="reuse the pretrained bases in FILE; new ones are added")
-    add("--save", metavar="FILE", help="write the TABOM models; the file can serve as --base")
-    add("--json", metavar="FILE", help="write every figure of the run")
-    options = parser.parse_args(arguments)
-    if not (options.demo or options.quick):
-        parser.print_help()
-    return options
+# == 15. The command line ==========================================================================
 
 def demo(options):
     """Check everything first, then run the seeds, writing what was asked for after each."""
-    require(toy_data, "toy_data.py is missing; it belongs beside tabom.py.", DemoError)
     config = toy_data.make_config(options.set, options.quick)
+    toy_data.check_options(options)
     arms, seeds = [arm for arm in ARMS if arm in options.arms], options.seeds
-    paths = [os.path.abspath(path) for path in (options.base, options.save, options.json) if path]
-    require(options.device != "cuda" or torch.cuda.is_available(),
-            "--device cuda: PyTorch finds no CUDA device here; leave --device out.", DemoError)
-    require("TABOM" in arms or not options.save,
-            "--save writes the TABOM models, so --arms must name TABOM.", DemoError)
-    require(len(set(seeds)) == len(seeds) and min(seeds) >= 0,
-            "--seeds takes different numbers from 0 up.", DemoError)
-    require(len(set(paths)) == len(paths),
-            "two of --base, --save and --json are one file; name two files.", DemoError)
-    for path in paths:
-        require(os.access(os.path.dirname(path), os.W_OK) and not os.path.isdir(path),
-                f"{path} cannot be written: it is a folder, or its folder is missing or "
-                "write-protected.", DemoError)
-    bases = load_models(options.base, config) if os.path.exists(options.base or "") else {}
+    bases = toy_data.load_models(options.base, config) if os.path.exists(options.base or "") else {}
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    hardware = (torch.cuda.get_device_name() if device.type == "cuda" else
-                f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    hardware = (torch.cuda.get_device_name() if device.type == "cuda"
+                else f"CPU, {torch.get_num_threads()} threads")
     say(f"TABOM on synthetic arithmetic: {hardware}, PyTorch {torch.__version__}, seeds "
         f"{seeds}.\nA small base records how it decodes, is fine-tuned in {len(arms)} ways,\n"
         "and all are compared in the new domain and the old ones.")
@@ -723,22 +740,21 @@ def demo(options):
     for seed in seeds:
         runs[seed], models[seed] = run_seed(config, seed, arms, device, bases)
         if options.base:
-            save_models(options.base, config, bases)
+            toy_data.save_models(options.base, config, bases)
         if options.save:
-            save_models(options.save, config, models)
+            toy_data.save_models(options.save, config, models)
     if len(runs) > 1:
         say(f"\nMean ± standard deviation of {len(runs)} seeds; differences paired within a seed")
         say(toy_data.summary_table([run["arms"] for run in runs.values()]))
     if options.json:
-        report = {"config": asdict(config), "seeds": seeds, "quick": options.quick,
-                  "device": hardware, "torch": torch.__version__,
-                  "python": platform.python_version(), "runs": runs}
-        write_whole(options.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
+        toy_data.write_report(options.json, config, seeds, options.quick, hardware, runs)
     say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes.")
 
 def main(arguments=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    options = parse_arguments(arguments)
+    if toy_data is None:
+        sys.exit("tabom.py: toy_data.py is missing; it belongs beside tabom.py.")
+    options = toy_data.parse_arguments(arguments, ARMS, __doc__.split("\n")[0])
     try:
         if options.demo or options.quick:
             demo(options)

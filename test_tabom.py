@@ -14,13 +14,16 @@ import math
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tabom
 import toy_data
@@ -1374,6 +1377,415 @@ def test_toy_data_names_what_it_does_not_know():
 
 
 # ==================================================================================================
+# The core in other people's projects: foreign models, padding, stored data, half precision
+# ==================================================================================================
+
+def run_all(model, trajectories, mask_id=MASK):
+    """Every loss with the same draws -> list of losses, detached."""
+    losses = []
+    for loss_fn, own in LOSSES.values():
+        own = {**own, "reference": model} if "reference" in own else own
+        loss, _ = loss_fn(model, trajectories, mask_id=mask_id, generator=seeded(), **own)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_the_core_is_one_block_that_works_alone():
+    """Cut out between its two marks and pasted into an empty file, it decodes and trains a foreign
+    model; it imports torch and the standard library only."""
+    source = pathlib.Path(tabom.__file__).read_text(encoding="utf-8")
+    begin, end = (source.index(f"# ==== The method {word} here") for word in ("begins", "ends"))
+    block, core = source[begin:end], {"__name__": "core"}
+    imported = re.findall(r"^\s*(?:import|from) (\w+)", block, re.MULTILINE)
+    assert set(imported) <= {"copy", "dataclasses", "torch"}
+    exec(compile(block, "core", "exec"), core)
+
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(12, 16), nn.GRU(16, 8, bidirectional=True)
+            self.out = nn.Linear(16, 12)
+
+        def forward(self, tokens):
+            return self.out(self.mix(self.embed(tokens).transpose(0, 1))[0].transpose(0, 1))
+    torch.manual_seed(0)
+    model = Foreign()
+    decoded = core["decode"](model, prompts(3), 7, mask_id=11, tokens_per_step=2, block_length=4)
+    core["validate"](decoded, 11, 12)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(2):
+        loss, _ = core["tabom_loss"](model, decoded, mask_id=11, window_size=7, margin=0.2,
+                                     rank_weight=1.0, n_visible=torch.tensor([0, 2, 4]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+
+
+def test_models_of_both_conventions_give_the_same():
+    """LLaDA: output i predicts token i, inside an object.  Dream: it predicts token i+1; shift by
+    one.  One line each, and the losses and the trajectory are the same."""
+    network = TinyModel()
+
+    def llada_network(tokens):
+        return SimpleNamespace(logits=network(tokens))
+
+    def dream_network(tokens):
+        logits = network(tokens)
+        return SimpleNamespace(logits=torch.cat([logits[:, 1:], torch.randn(len(tokens), 1, V)], 1))
+
+    def llada(tokens):
+        return llada_network(tokens).logits
+
+    def dream(tokens):
+        return dream_network(tokens).logits.roll(1, 1)       # the first output is never read
+
+    trajectories = random_trajectories()
+    assert run_all(llada, trajectories) == run_all(dream, trajectories)
+    one, other = (decode(model, prompts(4), N, mask_id=MASK) for model in (llada, dream))
+    assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values()))
+    assert run_all(lambda tokens: dream_network(tokens).logits, trajectories) != run_all(
+        llada, trajectories)                                 # without the shift it is another model
+
+
+@pytest.mark.parametrize("banned", [-math.inf, -1e9, torch.finfo(torch.float32).min])
+def test_special_tokens_are_banned_by_infinity_or_a_large_negative(banned):
+    """Ids that no answer contains, set to -inf or very low: the same finite losses and gradients
+    as a model without them."""
+    plain, wider, trajectories = TinyModel(), TinyModel(vocabulary=V + 3), random_trajectories()
+    with torch.no_grad():
+        wider.out[:, :V] = plain.out
+
+    def model(tokens):
+        return torch.cat([(x := wider(tokens))[..., :V], torch.full_like(x[..., V:], banned)], -1)
+    settings = dict(mask_id=MASK, window_size=4, margin=0.2, rank_weight=1.0)
+    cuts = torch.tensor([0, 1, 2, 0, 1, 2])
+    expected, _ = tabom_loss(plain, trajectories, n_visible=cuts, **settings)
+    loss, _ = tabom_loss(model, trajectories, n_visible=cuts, **settings)
+    expected.backward()
+    loss.backward()
+    assert close(loss, expected)
+    torch.testing.assert_close(wider.out.grad[:, :V], plain.out.grad)
+    assert run_all(model, trajectories) == pytest.approx(run_all(plain, trajectories), rel=1e-5)
+
+
+class Padded(nn.Module):
+    """One layer of attention with position ids, both counted from the first token that is no pad:
+    what a closure around a Hugging Face model does with `attention_mask` and `position_ids`."""
+
+    def __init__(self, pad_id):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pad_id = pad_id
+        self.token, self.place = nn.Embedding(V + 2, 8), nn.Embedding(20, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, V)
+
+    def forward(self, tokens):
+        real = tokens != self.pad_id
+        x = self.token(tokens) + self.place((real.cumsum(1) - 1).clamp(min=0))
+        mixed, _ = self.attention(x, x, x, key_padding_mask=~real)
+        return self.out(torch.tanh(x + mixed))
+
+
+def test_left_padded_prompts_decode_and_train_like_their_rows_alone():
+    """Prompts of 1, 3 and 4 tokens in one batch: same tokens, ranks, entropies, and same loss."""
+    pad = V + 1
+    model, lengths = Padded(pad).double().eval(), (1, 3, 4)
+    alone = [torch.randint(V, (1, length), generator=seeded(length)) for length in lengths]
+    batch = torch.cat([nn.functional.pad(prompt, (4 - prompt.shape[1], 0), value=pad)
+                       for prompt in alone])
+    together = decode(model, batch, N, mask_id=MASK)
+    single = [decode(model, prompt, N, mask_id=MASK) for prompt in alone]
+    for name in ("response", "decode_rank", "entropy"):
+        rows = torch.cat([getattr(one, name) for one in single])
+        torch.testing.assert_close(getattr(together, name), rows)
+    settings = dict(mask_id=MASK, window_size=3, margin=0.2, rank_weight=1.0)
+    cuts = torch.tensor([0, 2, 5])
+    loss, _ = tabom_loss(model, together, n_visible=cuts, **settings)
+    apart = [tabom_loss(model, one, n_visible=cut[None], **settings)[0]
+             for one, cut in zip(single, cuts)]
+    assert close(loss, mean(float(one.detach()) for one in apart))
+
+
+def test_left_out_positions_close_ranks():
+    """only(valid): the others are ranked 0 .. n-1 in their old order, and a window counts them."""
+    whole = Trajectories(prompts(1), torch.arange(6)[None] % V,
+                         torch.tensor([[5, 0, 3, 1, 4, 2]]), torch.ones(1, N))
+    valid = torch.tensor([[True, False, True, True, True, False]])
+    part = whole.only(valid)
+    assert part.decode_rank.tolist() == [[3, -1, 1, 0, 2, -1]]
+    assert part.entropy.tolist() == [[1, 0, 1, 1, 1, 0]]
+    assert torch.equal(part.response, whole.response) and part.n_decoded.tolist() == [4]
+    assert segment_masks(part.decode_rank, 1, 2)[2].tolist() == [[False, False, True, False, True,
+                                                                  False]]
+    again = part.only(torch.tensor([[True] * 3 + [False] * 3]))
+    assert again.decode_rank.tolist() == [[1, -1, 0, -1, -1, -1]]
+
+
+@every_loss
+@pytest.mark.parametrize("shown", [0, MASK])
+def test_left_out_positions_are_neither_shown_otherwise_nor_learned(loss_fn, own, shown):
+    """Padding behind the answer: it shows what the response holds (a token, or [MASK] to hide its
+    length), gets no gradient, and its token changes no loss but through what the model sees."""
+    table = torch.randn(4, N, V, generator=seeded())
+    own = {**own, "reference": Scripted(torch.zeros(N, V))} if "reference" in own else own
+    whole = random_trajectories(4, n_given=(0,))
+    valid = torch.ones(4, N, dtype=torch.bool)
+    valid[:, 4:] = False
+    response = whole.response.masked_fill(~valid, shown)
+    part = Trajectories(whole.prompt, response, whole.decode_rank, whole.entropy).only(valid)
+    model = Scripted(table.clone().requires_grad_())
+    loss, _ = loss_fn(model, part, mask_id=MASK, generator=seeded(), **own)
+    loss.backward()
+    assert (model.table.grad[:, 4:] == 0).all() and model.table.grad[:, :4].abs().sum() > 0
+    assert all((tokens[:, L + 4:] == shown).all() for tokens in model.seen)
+    other = Trajectories(part.prompt, part.response.masked_fill(~valid, 1), part.decode_rank,
+                         part.entropy)
+    assert loss_fn(Scripted(table), other, mask_id=MASK, generator=seeded(), **own)[0] == loss
+
+
+def test_decode_leaves_out_what_is_not_valid():
+    """Positions outside `valid` keep [MASK] or the given token, have rank -1, and no pass is spent
+    on them; the curve of scores does not count them."""
+    model = TinyModel()
+    valid = torch.tensor([[True] * 4 + [False] * 2, [False] + [True] * 5, [False] * 6])
+    got = decode(model, prompts(3), N, mask_id=MASK, valid=valid)
+    assert len(model.seen) == 5 and (got.response[~valid] == MASK).all()
+    assert (got.response[valid] != MASK).all() and torch.equal(got.decode_rank >= 0, valid)
+    assert [sorted(row) for row in got.decode_rank.tolist()] == [
+        [-1, -1, 0, 1, 2, 3], [-1, 0, 1, 2, 3, 4], [-1] * 6]
+    given = torch.full((3, N), MASK)
+    given[:, 5] = 1
+    padded = decode(TinyModel(), prompts(3), N, mask_id=MASK, valid=valid, given=given)
+    assert padded.response[:, 5].tolist() == [1, 1, 1] and (padded.decode_rank[:, 5] == -1).all()
+    _, counted = discrimination_curve(TinyModel(), got, mask_id=MASK)
+    assert counted.sum(1).tolist() == [3, 4, 0]
+
+
+def test_trajectories_are_stored_as_one_file(tmp_path):
+    """The two lines of the docstring: what torch.save wrote comes back, weights_only."""
+    whole = decode(TinyModel(), prompts(4), N, mask_id=MASK)
+    torch.save(vars(whole), tmp_path / "x.pt")
+    again = Trajectories(**torch.load(tmp_path / "x.pt", weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(vars(whole).values(), vars(again).values()))
+
+
+def test_decoding_order_lists_become_trajectories():
+    """Steps count up, -1 was never decoded; equal steps go by entropy if given, else by position;
+    from the steps of our own decoder come its own ranks."""
+    prompt, response = prompts(2), torch.zeros(2, 4, dtype=torch.int64)
+    steps = [[2, 0, 0, 5], [1, -1, 1, 0]]
+    by_position = tabom.from_decoding_order(prompt, response, steps)
+    assert by_position.decode_rank.tolist() == [[2, 0, 1, 3], [1, -1, 2, 0]]
+    entropy = torch.tensor([[0.1, 0.9, 0.2, 0.0], [0.5, 0.0, 0.4, 0.9]])
+    by_entropy = tabom.from_decoding_order(prompt, response, steps, entropy)
+    assert by_entropy.decode_rank.tolist() == [[2, 1, 0, 3], [2, -1, 1, 0]]
+    assert torch.equal(by_entropy.entropy, entropy)
+    own = decode(TinyModel(), prompts(5), N, mask_id=MASK, tokens_per_step=2)
+    again = tabom.from_decoding_order(own.prompt, own.response, own.decode_rank // 2, own.entropy)
+    assert torch.equal(again.decode_rank, own.decode_rank)
+    for wrong in ([[0, 1, 2], [0, 1, 2]], [[0.0, 1.0, 2.0, 3.0]] * 2):
+        with pytest.raises(ValueError, match="decoding_order must hold"):
+            tabom.from_decoding_order(prompt, response, wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_lose_nothing_more(dtype):
+    """bf16 or fp16 logits: entropies and losses are those of the same numbers in float32."""
+    table = torch.randn(6, N, V, generator=seeded()).to(dtype) * 8
+    trajectories = random_trajectories()
+    table.requires_grad_()
+
+    def half(tokens):
+        return torch.cat([torch.zeros(6, L, V, dtype=dtype), table], 1)
+
+    def full(tokens):
+        return half(tokens).float()
+    assert run_all(half, trajectories) == run_all(full, trajectories)
+    loss, _ = tabom_loss(half, trajectories, mask_id=MASK, window_size=N, margin=0.2,
+                         rank_weight=1.0, generator=seeded())
+    loss.backward()
+    assert loss.dtype == torch.float32 and table.grad.dtype == dtype
+    one, other = (decode(model, prompts(6), N, mask_id=MASK) for model in (half, full))
+    assert torch.equal(one.entropy, other.entropy) and torch.equal(one.response, other.response)
+
+
+def test_bfloat16_samples_follow_their_softmax():
+    """Sampling from bf16 logits is exact too: a chi-square test against their own softmax."""
+    row = torch.tensor([0.0, 1.0, -1.0, 0.5, 3.0], dtype=torch.bfloat16)
+    model = lambda tokens: row.expand(len(tokens), tokens.shape[1], 5)  # noqa: E731
+    response = decode(model, prompts(20000), 1, mask_id=5, temperature=1.0,
+                      generator=seeded()).response
+    expected = [20000 * math.exp(value) for value in log_p(row.float())]
+    assert chi_square(response.flatten().bincount(minlength=5).tolist(), expected) < 23.5  # 1e-4
+
+
+def test_autocast_checkpointing_and_adapters_work():
+    """Under autocast, with gradient checkpointing, and with a frozen base and a low-rank adapter,
+    the loss is the plain one (to bf16) and only what may learn gets a gradient."""
+    from torch.utils.checkpoint import checkpoint
+    trajectories, cuts = random_trajectories(), torch.tensor([0, 1, 2, 0, 1, 2])
+    settings = dict(mask_id=MASK, window_size=3, margin=0.2, rank_weight=1.0, n_visible=cuts)
+    plain = TinyModel()
+    expected, _ = tabom_loss(plain, trajectories, **settings)
+    expected.backward()
+    recomputed = TinyModel()
+    loss, _ = tabom_loss(lambda tokens: checkpoint(recomputed, tokens, use_reentrant=False),
+                         trajectories, **settings)
+    loss.backward()
+    assert loss == expected and torch.equal(recomputed.out.grad, plain.out.grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = tabom_loss(plain, trajectories, **settings)
+    assert loss.dtype == torch.float32 and close(loss, expected, 0.05)
+    frozen, down, up = TinyModel().requires_grad_(False), torch.randn(V, 2), torch.zeros(2, V)
+    up.requires_grad_()
+    loss, _ = tabom_loss(lambda tokens: frozen(tokens) + frozen(tokens) @ down @ up, trajectories,
+                         **settings)
+    loss.backward()
+    assert loss == expected and up.grad.abs().sum() > 0 and frozen.out.grad is None
+
+
+def released_loss(logits, step, response, cut, window_size, margin):
+    """The authors' loss as a slow loop: softmax, p log(p + 1e-10), pairs by increasing step, the
+    mean over pairs and then over rows; cross-entropy over the window's steps, mean over tokens."""
+    rank_losses, nll = [], []
+    for row in range(len(logits)):
+        p = logits[row].double().softmax(-1)
+        entropy = [-sum(float(q) * math.log(float(q) + 1e-10) for q in p[i]) for i in range(N)]
+        inside = [i for i in range(N) if cut[row] <= step[row, i] < cut[row] + window_size]
+        pairs = [max(0.0, entropy[r] - entropy[s] + margin)
+                 for r in inside for s in inside if step[row, r] < step[row, s]]
+        rank_losses.append(mean(pairs))
+        nll += [-math.log(float(p[i, response[row, i]])) for i in inside]
+    return mean(nll), mean(rank_losses)
+
+
+@pytest.mark.parametrize("window_size", [2, 3, 4])
+def test_one_token_per_step_and_full_windows_agree_with_the_release(window_size):
+    """There, and only there, ours and the authors' loss are the same numbers, to 1e-4."""
+    table = 3 * torch.randn(6, N, V, generator=seeded())
+    data = random_trajectories(n_given=(0,))
+    cuts = torch.tensor([0, 1, 2, 0, 1, 2]).clamp(max=N - window_size)
+    _, metrics = tabom_loss(Scripted(table), data, mask_id=MASK, window_size=window_size,
+                            margin=0.2, rank_weight=1.0, n_visible=cuts)
+    nll, rank_loss = released_loss(table, data.decode_rank, data.response, cuts, window_size, 0.2)
+    assert abs(float(metrics["nll"]) - nll) < 1e-4
+    assert abs(float(metrics["rank_loss"]) - rank_loss) < 1e-4
+
+
+class Sizes(TorchDispatchMode):
+    """Notes (operation, shape, dtype) of everything that torch computes, views not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.made.append((str(function), tuple(result.shape), result.dtype))
+        return result
+
+
+def test_the_loss_touches_the_window_only():
+    """Beside the logits' own gradient nothing is as large as the response times the vocabulary, in
+    float32 or otherwise, and no tensor is (B, N, N)."""
+    b, n, v, w = 2, 40, 60, 4
+    logits = torch.randn(b, n + 1, v, generator=seeded()).bfloat16().requires_grad_()
+    rank = torch.stack([torch.randperm(n, generator=seeded(row)) for row in range(b)])
+    data = Trajectories(torch.zeros(b, 1, dtype=torch.int64),
+                        torch.randint(v - 1, (b, n), generator=seeded()), rank, torch.zeros(b, n))
+    with Sizes() as forward:
+        loss, _ = tabom_loss(lambda tokens: logits, data, mask_id=v - 1, window_size=w, margin=0.2,
+                             rank_weight=1.0, generator=seeded())
+    with Sizes() as backward:
+        loss.backward()
+    assert max(math.prod(shape) for _, shape, _ in forward.made) == b * w * v
+    large = [made for made in backward.made if math.prod(made[1]) > b * w * v]
+    assert large and all(dtype == torch.bfloat16 for _, _, dtype in large)
+    assert len(large) <= 2                       # zeros, then the window's rows added into them
+
+
+def test_decoding_never_copies_the_logits():
+    """The sampler reads (B, N, V) a few positions at a time: nothing that it makes is as large."""
+    b, n, v = 2, 4, 2 ** 19
+    logits = torch.randn(b, n + 1, v, generator=seeded())
+    with Sizes() as whole:
+        decode(lambda tokens: logits, torch.zeros(b, 1, dtype=torch.int64), n, mask_id=v - 1,
+               tokens_per_step=2, temperature=1.0, generator=seeded())
+    assert max(math.prod(shape) for _, shape, _ in whole.made) == 2 ** 21 < b * n * v
+
+
+@every_loss
+def test_losses_never_wait_for_the_device(loss_fn, own):
+    """On the meta device there are no values to look at: a loss that asks for one would fail."""
+    data = random_trajectories().to("meta")
+    model = lambda tokens: torch.empty(*tokens.shape, V + 1, device="meta")  # noqa: E731
+    own = {**own, "reference": model} if "reference" in own else own
+    loss, metrics = loss_fn(model, data, mask_id=MASK, **own)
+    assert loss.device.type == "meta" and loss.shape == ()
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"prompt": torch.zeros(6, dtype=torch.int64)}, "prompt must be"),
+    ({"prompt": torch.zeros(5, L, dtype=torch.int64)}, "prompt must be"),
+    ({"response": torch.zeros(6, N + 1, dtype=torch.int64)}, "prompt must be"),
+    ({"entropy": torch.zeros(6)}, "prompt must be"),
+    ({"response": torch.zeros(6, N)}, "must be int64"),
+    ({"decode_rank": torch.zeros(6, N, dtype=torch.int32)}, "must be int64"),
+])
+def test_trajectories_of_a_wrong_form_cannot_be_made(fields, message):
+    """Shapes and dtypes are checked where the data are made, at no cost for the losses."""
+    with pytest.raises(ValueError, match=message):
+        Trajectories(**{**vars(random_trajectories()), **fields})
+
+
+@pytest.mark.parametrize("name, place, value, message", [
+    ("decode_rank", (0, 2), 7, "decode_rank must hold"),
+    ("decode_rank", (1, 0), -1, "decode_rank must hold"),
+    ("decode_rank", (0, 0), -2, "decode_rank must hold"),
+    ("prompt", (3, 0), MASK, "the prompt contains mask_id"),
+    ("response", (0, 1), MASK, "the response contains mask_id"),
+    ("response", (0, 1), -1, "the response contains a token outside of 0 .. 4"),
+    ("prompt", (0, 1), V + 3, "the prompt contains a token outside of 0 .. 4"),
+    ("entropy", (0, 1), math.nan, "entropy"),
+    ("entropy", (0, 1), -0.5, "entropy"),
+])
+def test_validate_finds_every_wrong_value(name, place, value, message):
+    """The expensive check, to be called once per data set: each field, each kind of mistake."""
+    data = random_trajectories(n_given=(0,))
+    tabom.validate(data, MASK, V)
+    tabom.validate(random_trajectories(), MASK, V)
+    tabom.validate(data[:0], MASK, V)
+    getattr(data, name)[place] = value
+    with pytest.raises(ValueError, match=message):
+        tabom.validate(data, MASK, V)
+
+
+@pytest.mark.parametrize("name, setting", [
+    ("tabom", {"window_size": 0}), ("tabom", {"margin": -0.1}), ("tabom", {"rank_weight": -1.0}),
+    ("trajectory", {"window_size": -3}), ("nelbo", {"mask_ratio": 1.5}),
+    ("nelbo", {"mask_ratio": -0.1}), ("t3d", {"a": -1.0}),
+])
+def test_losses_refuse_settings_before_the_model_runs(name, setting):
+    """One clear sentence, and no forward pass is wasted."""
+    loss_fn, own = LOSSES[name]
+    model = TinyModel()
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}"):
+        loss_fn(model, random_trajectories(), mask_id=MASK, **{**own, **setting})
+    assert model.seen == []
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(6, L + N), torch.zeros(6, N, V)])
+def test_a_model_of_another_shape_is_named(logits):
+    """Logits for the response only, or without a vocabulary: the sentence says what is wanted."""
+    with pytest.raises(ValueError, match="the model must return logits"):
+        nelbo_loss(lambda tokens: logits, random_trajectories(), mask_id=MASK)
+
+
+# ==================================================================================================
 # The lower half: denoiser, training loop, demo and command line
 # ==================================================================================================
 
@@ -1538,7 +1950,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half")
         raise RuntimeError("disk full")
     with pytest.raises(RuntimeError):
-        tabom.write_whole(str(path), fails)
+        toy_data.write_whole(str(path), fails)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -1549,27 +1961,6 @@ def test_the_file_stands_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0 and float(done.stdout) == pytest.approx(math.log(2))
-
-
-def test_the_method_can_be_cut_out():
-    """Sections 1-8 alone, pasted behind four imports, decode and train a foreign model."""
-    source = pathlib.Path(tabom.__file__).read_text(encoding="utf-8")
-    method = source[source.index("# == 1. "):source.index("# == 9. ")]
-    imports = """
-import copy
-from dataclasses import dataclass
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-"""
-    core = {}
-    exec(compile(imports + method, "core", "exec"), core)
-    model = TinyModel()
-    decoded = core["decode"](model, prompts(3), N, mask_id=MASK)
-    loss, _ = core["tabom_loss"](model, decoded, mask_id=MASK, window_size=3, margin=0.2,
-                                 rank_weight=1.0)
-    loss.backward()
-    assert model.out.grad.abs().sum() > 0
 
 
 def test_the_denoiser_sees_both_sides_and_cannot_write_a_mask():
@@ -1634,5 +2025,120 @@ def test_the_section_table_of_the_readme_is_true():
 def test_the_settings_and_flags_of_the_readme_exist():
     """No command in the README names a flag or a setting that the program does not have."""
     for command in re.findall(r"python tabom\.py[^`\n|&]*", README):
-        options = tabom.parse_arguments(command.split()[2:])
+        options = toy_data.parse_arguments(command.split()[2:], tabom.ARMS, "")
         toy_data.make_config(options.set, options.quick)
+
+
+# ==================================================================================================
+# A benchmark, no test: python test_tabom.py --benchmark
+# ==================================================================================================
+
+def straightforward_loss(logits, data, cuts, window_size):
+    """The loss as one would write it down: softmax and log of the whole response, row by row."""
+    logits = logits.float()
+    p = logits.softmax(-1)
+    entropy = -(p * torch.log(p + 1e-10)).sum(-1)
+    nll = nn.functional.cross_entropy(logits.flatten(0, 1), data.response.flatten(),
+                                      reduction="none").view(data.response.shape)
+    losses = []
+    for row, cut in enumerate(cuts):
+        inside = data.decode_rank[row].argsort()[cut:cut + window_size]
+        h = entropy[row, inside]
+        excess = (h[:, None] - h[None, :] + 0.2).relu()
+        pairs = torch.ones_like(excess).triu(1)
+        losses.append(nll[row, inside].mean() + (excess * pairs).sum() / pairs.sum())
+    return torch.stack(losses).mean()
+
+
+def straightforward_step(logits, response, mask_id):
+    """One step of decoding, row by row with a float64 softmax over the vocabulary."""
+    response = response.clone()
+    for row in range(len(logits)):
+        p = logits[row].double().softmax(-1)
+        entropy = -(p * torch.log(p + 1e-10)).sum(-1)
+        entropy[response[row] != mask_id] = math.inf
+        position = entropy.argmin()
+        response[row, position] = logits[row, position].argmax()
+    return response
+
+
+def benchmark_case(case, device):
+    """One case in a process of its own -> seconds (median of 7), megabytes (the first call's peak
+    beyond what was there before)."""
+    torch.manual_seed(0)
+    cuda = device == "cuda"
+    sampler = case.endswith("step")
+    b, n, v = (64, 256, 32000) if sampler else (8, 256, 152064) if cuda else (4, 256, 32000)
+    logits = torch.randn(b, n, v, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    rank = torch.rand(b, n, device=device).argsort(1)
+    prompt = torch.zeros(b, 0, dtype=torch.int64, device=device)
+    data = Trajectories(prompt, torch.randint(v - 1, (b, n), device=device), rank,
+                        torch.zeros(b, n, device=device))
+    cuts = torch.linspace(0, n - 33, b, device=device).long()
+    given = data.response.masked_fill(rank == 0, v)                      # one position is masked
+    settings = dict(mask_id=v, n_visible=cuts, window_size=32)
+    logits.requires_grad_(not sampler)
+
+    def run():
+        logits.grad = None
+        if case == "our step":
+            return decode(lambda tokens: logits, prompt, n, mask_id=v, given=given)
+        if case == "straightforward step":
+            return straightforward_step(logits, given, v)
+        if case == "straightforward loss":
+            loss = straightforward_loss(logits, data, cuts.tolist(), 32)
+        elif case == "our loss":
+            loss, _ = tabom_loss(lambda tokens: logits, data, margin=0.2, rank_weight=1.0,
+                                 **settings)
+        elif case == "trajectory masking":
+            loss, _ = trajectory_loss(lambda tokens: logits, data, **settings)
+        else:                                                            # "cross-entropy alone"
+            logits_, tokens, _, window = tabom.window_at_cut(lambda tokens: logits, data, cuts, 32,
+                                                             v)
+            loss = tabom.mean_over_rows(tabom.token_nll(logits_, tokens), window)
+        loss.backward()
+
+    def peak():
+        import resource
+        return (torch.cuda.max_memory_allocated() if cuda
+                else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    before, seconds, peaks = peak(), [], []
+    for _ in range(8):
+        started = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        peaks.append(peak())
+    return statistics.median(seconds[1:]), (peaks[0] - before) / 2 ** 20
+
+
+def benchmark(device):
+    """Every case in a fresh process, one after the other; prints one table."""
+    results = {}
+    for case in ("our loss", "straightforward loss", "trajectory masking", "cross-entropy alone",
+                 "our step", "straightforward step"):
+        done = subprocess.run([sys.executable, __file__, "--benchmark", device, case],
+                              capture_output=True, text=True, check=True)
+        results[case] = json.loads(done.stdout)
+    print(f"{'':52}{'ours':>9}{'other':>9}{'ratio':>7}{'ours':>9}{'other':>9}{'ratio':>7}")
+    where = "8 x 256 x 152,064 bfloat16" if device == "cuda" else "4 x 256 x 32,000 float32"
+    for name, ours, other in (
+            (f"loss {where}, straightforward", "our loss", "straightforward loss"),
+            ("the same, trajectory masking (lambda = 0)", "our loss", "trajectory masking"),
+            ("the same, cross-entropy of the window alone", "our loss", "cross-entropy alone"),
+            ("step 64 x 256 x 32,000, straightforward", "our step", "straightforward step")):
+        (s, m), (other_s, other_m) = results[ours], results[other]
+        print(f"{name:52}{1000 * s:6.0f} ms{1000 * other_s:6.0f} ms{other_s / s:7.2f}"
+              f"{m:6.0f} MB{other_m:6.0f} MB{m / max(other_m, 1):7.2f}")
+    print("time: other / ours; memory beyond the logits, their gradient included: ours / other; "
+          f"{device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--benchmark"]:
+        benchmark("cuda" if torch.cuda.is_available() else "cpu")
+    elif sys.argv[1:2] == ["--benchmark"] and len(sys.argv) == 4:
+        print(json.dumps(benchmark_case(sys.argv[3], sys.argv[2])))
+    else:
+        sys.exit("Tests: python -m pytest -q; benchmark: python test_tabom.py --benchmark")

@@ -29,8 +29,15 @@ product) is what the model must learn; the skill of multiplying it already has.
 The problems come first, as plain tensors; nothing there knows how they are used.  Then the recipe:
 every setting of the demo and its value for this toy.  Last, figures become text to print.
 """
+import argparse
+import json
 import math
+import os
+import pickle
+import platform
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -205,7 +212,7 @@ def pretraining_corpus(new_domain, splits):
     return tuple(torch.cat(column) for column in zip(*columns))
 
 
-# == The recipe: the settings of a run, and the toy's values for them ==============================
+# == The recipe and the command line: settings, flags, files =======================================
 
 class DemoError(Exception):
     """Something the user of the demo can mend, in one sentence."""
@@ -288,6 +295,93 @@ def make_config(overrides, quick):
     return Config(**{**recipe, **(QUICK if quick else {}), **values})
 
 
+def is_valid(config, prompt, response):
+    """Which rollouts of the new domain the checker keeps, by config.rollout_filter -> (B,) bool."""
+    correct = is_correct(config.new_domain, prompt, response)
+    working = working_is_right(config.new_domain, prompt, response)
+    return {"working": correct & working, "answer": correct,
+            "none": torch.ones_like(correct)}[config.rollout_filter]
+
+
+def parse_arguments(arguments, arms, description):
+    """Command line -> options, or help and exit code 2."""
+    parser = argparse.ArgumentParser(prog="tabom.py", description=description,
+                                     epilog="Start with: python tabom.py --demo")
+    add = parser.add_argument
+    add("--demo", action="store_true", help="run the whole chain and compare the arms")
+    add("--quick", action="store_true", help="the same in about a minute, only to see that it runs")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="SEED",
+        help="each is a base, problems and batches of its own")
+    add("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help=" ".join(arms))
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a field of toy_data.Config")
+    add("--base", metavar="FILE", help="reuse the pretrained bases in FILE; new ones are added")
+    add("--save", metavar="FILE", help="write the TABOM models; the file can serve as --base")
+    add("--json", metavar="FILE", help="write every figure of the run")
+    options = parser.parse_args(arguments)
+    if not (options.demo or options.quick):
+        parser.print_help()
+    return options
+
+
+def check_options(options):
+    """The flags of the command line, before anything runs; argparse has looked at their form."""
+    paths = [os.path.abspath(path) for path in (options.base, options.save, options.json) if path]
+    problems = {
+        "--device cuda: PyTorch finds no CUDA device here; leave --device out.":
+            options.device == "cuda" and not torch.cuda.is_available(),
+        "--save writes the TABOM models, so --arms must name TABOM.":
+            options.save and "TABOM" not in options.arms,
+        "--seeds takes different numbers from 0 up.":
+            len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0,
+        "two of --base, --save and --json are one file; name two files.":
+            len(set(paths)) < len(paths),
+        **{f"{path} cannot be written: it is a folder, or its folder is missing or protected.":
+           os.path.isdir(path) or not os.access(os.path.dirname(path), os.W_OK) for path in paths}}
+    for message, wrong in problems.items():
+        if wrong:
+            raise DemoError(message)
+
+
+def write_whole(path, write):
+    """write(file) fills a temporary file, which becomes `path` when it is complete."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_models(path, config, weights):
+    """weights {seed: state dict}, with the settings that another run must share to use them."""
+    contents = {"kind": config.kind_of_base(), "weights": weights}
+    write_whole(path, lambda file: torch.save(contents, file))
+
+
+def load_models(path, config):
+    """{seed: weights} from a file that --base or --save wrote."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        kind, weights = contents["kind"], contents["weights"]
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError,
+            pickle.UnpicklingError) as error:
+        raise DemoError(f"{path} is no base file of this program: name another.") from error
+    if kind != config.kind_of_base():
+        raise DemoError(f"{path} holds other bases ({kind}): name another file, or use --set.")
+    return weights
+
+
+def write_report(path, config, seeds, quick, hardware, runs):
+    """Every figure of the runs {seed: figures} as JSON, with what produced them."""
+    report = {"config": vars(config), "seeds": seeds, "quick": quick, "device": hardware,
+              "machine": platform.machine(), "torch": torch.__version__,
+              "python": platform.python_version(), "runs": runs}
+    write_whole(path, lambda file: file.write(json.dumps(report, indent=1).encode()))
+
+
 # == What the demo prints: tensors and figures in, text out ========================================
 
 EXPLANATION = """\
@@ -310,6 +404,24 @@ def table(header, rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("    " + "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
                      for name, *cells in lines)
+
+
+SHOWN_ORDERS = {"entropy": "entropy", "random": "random", "left to right": LEFT_TO_RIGHT,
+                "best": BEST_ORDER}
+
+
+def orders_table(new_domain, by_order):
+    """{domain: percent in each of SHOWN_ORDERS} -> a row per domain, with its order gap."""
+    rows = [[domain, *right, right[-1] - right[0]] for domain, right in by_order.items()]
+    return (table(["domain", *SHOWN_ORDERS, "order gap"], rows) + "\n    best: factor, working, "
+            "answer from its last digit; order gap: best minus entropy\n"
+            f"    new is {new_domain}: {WHAT_IS_NEW[new_domain]}")
+
+
+def likelihood_table(ratios, own_nll, reference_nll):
+    """Nats per masked token, by the share that is masked (Fig. 3)."""
+    return table(["masked", *ratios], [["self-distilled", *map("{:.2f}".format, own_nll)],
+                                       ["reference", *map("{:.2f}".format, reference_nll)]])
 
 
 def with_interval(mean, low, high):
@@ -422,14 +534,15 @@ def in_words(prompt, response, decode_rank):
 def differences(before, was_right, after, is_right):
     """Three answers that were wrong and became right, and one the other way, in words.
 
-    before, after: anything with the fields prompt, response and decode_rank, that can be indexed.
+    before, after: anything with the fields prompt, response and decode_rank.
     """
     lines = []
     for rows, count in ((~was_right & is_right, 3), (was_right & ~is_right, 1)):
         rows = rows.nonzero()[:, 0]
         for row in rows[::max(1, len(rows) // count)][:count]:
-            for name, one in (("base ", before[row]), ("TABOM", after[row])):
-                lines.append(f"    {name} {in_words(one.prompt, one.response, one.decode_rank)}")
+            for name, all_ in (("base ", before), ("TABOM", after)):
+                fields = all_.prompt[row], all_.response[row], all_.decode_rank[row]
+                lines.append(f"    {name} {in_words(*fields)}")
             lines.append("")
     return "\n".join(lines[:-1]) or "    there is none"
 
@@ -453,9 +566,11 @@ def draw_state(prompt, response, decode_rank, entropy, n_visible, styled):
     return to_text(prompt) + "  ".join("".join(cells[part]) for part in parts)
 
 
-def draw_trajectory(trajectory, entropies, styled):
-    """All states of one trajectory (its fields without a batch), a line each; see `draw_state`."""
-    prompt, response, rank = trajectory.prompt, trajectory.response, trajectory.decode_rank
+def draw_trajectory(trajectory, entropies):
+    """All states of one trajectory (its fields with a batch of one), a line each."""
+    prompt, response, rank = (
+        field[0] for field in (trajectory.prompt, trajectory.response, trajectory.decode_rank))
+    styled = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = [f"    step {step:2}   {draw_state(prompt, response, rank, entropy, step, styled)}"
              for step, entropy in enumerate(entropies) if step <= rank.max() + 1]
     lines.append("    marked: just written; shades: entropy of what is masked, 0.5 nats apart")
