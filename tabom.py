@@ -158,14 +158,11 @@ def predictive_entropy(logits):
 ORDERS = ("entropy", "confidence", "margin", "random")
 
 def entropy_and_difficulty(logits, mask_id, order="entropy", part_size=2 ** 21):
-    """(B, N, V) -> entropy and what the order sorts by, the easiest lowest: (B, N) each.
-
-    A few positions at a time: large logits are read once and never copied whole.
-    """
+    """(B, N, V) -> entropy and what the order sorts by, the easiest lowest: (B, N) each."""
     entropy = torch.empty(logits.shape[:2], device=logits.device)
     difficulty = torch.empty_like(entropy)
     n_positions = max(1, part_size // max(1, logits[:, :1].numel()))
-    for start in range(0, logits.shape[1], n_positions):
+    for start in range(0, logits.shape[1], n_positions):                 # never copied whole
         some = slice(start, start + n_positions)
         part = ban_mask(logits[:, some], mask_id)
         entropy[:, some] = difficulty[:, some] = predictive_entropy(part)
@@ -550,15 +547,11 @@ ARMS = ("SFT-GT", "SFT-SD", "dInfer", "T3D", "trajectory", "TABOM")
 
 def arm_loss(arm, model, config):
     """The loss function of an arm: except for the data of SFT-GT, all in which arms differ."""
-    return {
-        "SFT-GT": nelbo_loss,
-        "SFT-SD": nelbo_loss,
-        "dInfer": dinfer_loss,
-        "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
-        "trajectory": partial(trajectory_loss, window_size=config.window_size),
-        "TABOM": partial(tabom_loss, window_size=config.window_size, margin=config.margin,
-                         rank_weight=config.rank_weight),
-    }[arm]
+    return {"dInfer": dinfer_loss,
+            "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
+            "trajectory": partial(trajectory_loss, window_size=config.window_size),
+            "TABOM": partial(tabom_loss, window_size=config.window_size, margin=config.margin,
+                             rank_weight=config.rank_weight)}.get(arm, nelbo_loss)
 
 def concatenate(parts):
     return Trajectories(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
@@ -651,6 +644,7 @@ def pretrained(config, seed, splits, device, bases):
     torch.manual_seed(seed)                      # the initial weights
     model = Denoiser(len(toy_data.VOCABULARY), toy_data.PROMPT_LENGTH + toy_data.RESPONSE_LENGTH,
                      config.layers, config.width, config.heads).to(device)
+    say(f"    {sum(weight.numel() for weight in model.parameters()):,} parameters")
     if seed in bases:
         model.load_state_dict(bases[seed])
         return model.eval()
@@ -729,13 +723,8 @@ def demo(options):
     arms, seeds = [arm for arm in ARMS if arm in options.arms], options.seeds
     bases = toy_data.load_models(options.base, config) if os.path.exists(options.base or "") else {}
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    hardware = (torch.cuda.get_device_name() if device.type == "cuda"
-                else f"CPU, {torch.get_num_threads()} threads")
-    say(f"TABOM on synthetic arithmetic: {hardware}, PyTorch {torch.__version__}, seeds "
-        f"{seeds}.\nA small base records how it decodes, is fine-tuned in {len(arms)} ways,\n"
-        "and all are compared in the new domain and the old ones.")
-    if options.quick:
-        say("--quick trains far too little: the numbers below mean nothing.")
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    say(toy_data.greeting(hardware, seeds, arms, options.quick))
     runs, models = {}, {}
     for seed in seeds:
         runs[seed], models[seed] = run_seed(config, seed, arms, device, bases)
@@ -748,7 +737,7 @@ def demo(options):
         say(toy_data.summary_table([run["arms"] for run in runs.values()]))
     if options.json:
         toy_data.write_report(options.json, config, seeds, options.quick, hardware, runs)
-    say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes.")
+    say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes on {hardware}.")
 
 def main(arguments=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""

@@ -1814,7 +1814,7 @@ def test_the_whole_demo_runs_and_repeats_itself(new_domain, tmp_path, capsys):
     for name in ("one.json", "two.json"):
         settings = (*TINY, f"new_domain={new_domain}")
         assert run("--demo", "--json", str(tmp_path / name), settings=settings) == 0
-        texts.append(re.sub(r"\[ *\d+ s\]|[\d.]+ minutes", "", capsys.readouterr().out))
+        texts.append(re.sub(r"\[ *\d+ s\]|[\d.]+ minutes on CPU", "", capsys.readouterr().out))
     assert texts[0] == texts[1]
     report = figures(tmp_path / "one.json")
     assert report == figures(tmp_path / "two.json")
