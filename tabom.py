@@ -18,10 +18,11 @@ inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzm
 Sections 1-9 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
 Sections 10-15 are the demo: a small model, one training loop, evaluation; toy_data.py has the rest.
 
-Shapes: B sequences, L prompt tokens, N response tokens, V vocabulary, D width.  Entropies in nats.
+Shapes: B sequences, L prompt tokens, N response tokens of which W lie in a window, V vocabulary,
+D width.  x_t is a response with some tokens replaced by [MASK].  Entropies are in nats.
 Simplified: 0.3 million parameters, arithmetic for language; all weights are fine-tuned (paper:
-LoRA); the paper measures each token's entropy in the state just before it is revealed, we measure
-all those of a window in one state, at the cut.
+LoRA); the entropies of a window are all measured in one state, at the cut (Eq. 5: each just before
+its reveal); and the demo collects in random order by default, so that the checker selects orders.
 """
 # ==== The method begins here: sections 1-9 are one block to copy; they need nothing but torch =====
 import copy
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 
 # == 1. The state: one integer per position ========================================================
 # A trajectory is a response and, for each position, the rank at which it was revealed.  That one
-# integer gives back every state the decoder passed through; no masks need to be stored.
+# integer gives back the states on the way, one token after the other; no masks need to be stored.
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -41,10 +42,10 @@ class Trajectories:
 
     prompt      (B, L) int64
     response    (B, N) int64
-    decode_rank (B, N) int64: 0 = revealed first = easiest; in each row a permutation of 0 .. n-1
-                over its n valid positions, and -1 at the others.  Those show what `response` holds
-                there (a given token, padding, mask_id) and are never trained, ranked or counted.
-    entropy     (B, N) float, nats, of each position just before it was revealed; 0 if not valid
+    decode_rank (B, N) int64: 0 = revealed first; in each row a permutation of 0 .. n-1 over its n
+                valid positions, and -1 at the others.  The others keep what `response` holds (a
+                given token, padding, mask_id) and are never trained, ranked or counted.
+    entropy     (B, N) float, nats, of each position just before it was revealed; breaks ties
     A wrong shape or dtype raises ValueError; `validate` looks at the values too.  As one file:
     torch.save(vars(trajectories), "x.pt") and Trajectories(**torch.load("x.pt")).
     """
@@ -78,7 +79,7 @@ class Trajectories:
 
     @property
     def n_decoded(self):
-        """(B,) n: all N positions less those that are not valid."""
+        """(B,) n, the valid positions of each row."""
         return (self.decode_rank >= 0).sum(1)
 
 def require(fact, message):
@@ -112,7 +113,7 @@ def segment_masks(decode_rank, n_visible, window_size):
     return visible, masked, window
 
 def response_logits(model, prompt, x_t, at=None):
-    """The one seam to a model: logits of x_t (B, N), all of them or `at` some positions (B, W)."""
+    """The only call of a model: logits of x_t (B, N), all of them or `at` some positions (B, W)."""
     tokens = torch.cat([prompt, x_t], 1)
     logits = model(tokens)                                               # (B, L+N, V)
     require(logits.dim() == 3 and logits.shape[:2] == tokens.shape, "the model must return logits "
@@ -130,9 +131,9 @@ def ban_mask(logits, mask_id):
     is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
     return logits.masked_fill(is_mask, -torch.inf)
 
-def mean_over_rows(values, chosen):
-    """(B, N) -> scalar: mean over the chosen positions of a row (0 without any), then over rows."""
-    return (torch.where(chosen, values, 0).sum(1) / chosen.sum(1).clamp(min=1)).mean()
+def row_mean(values, chosen):
+    """(B, N), (B, N) bool -> (B,): mean over the chosen positions of a row, 0 without any."""
+    return torch.where(chosen, values, 0).sum(1) / chosen.sum(1).clamp(min=1)
 
 def draw_below(limit, generator):
     """(B,) limits -> (B,) int64, each uniform over 0 .. limit-1."""
@@ -162,7 +163,7 @@ def entropy_and_difficulty(logits, mask_id, order="entropy", part_size=2 ** 21):
     entropy = torch.empty(logits.shape[:2], device=logits.device)
     difficulty = torch.empty_like(entropy)
     n_positions = max(1, part_size // max(1, logits[:, :1].numel()))
-    for start in range(0, logits.shape[1], n_positions):                 # never copied whole
+    for start in range(0, logits.shape[1], n_positions):                 # in parts, to save memory
         some = slice(start, start + n_positions)
         part = ban_mask(logits[:, some], mask_id)
         entropy[:, some] = difficulty[:, some] = predictive_entropy(part)
@@ -178,8 +179,8 @@ def pick_tokens(logits, temperature, generator):
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
-    race = p / torch.empty_like(p).exponential_(generator=generator)     # v is first with p(v)
-    return race.argmax(-1)
+    race = p / torch.empty_like(p).exponential_(generator=generator)
+    return race.argmax(-1)                       # is token v with probability p(v)
 
 @torch.no_grad()
 def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_per_step=1,
@@ -218,7 +219,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
     masked = masked if valid is None else masked & valid
     step_of, entropy_at_reveal = torch.full_like(response, -1), torch.zeros(shape, device=device)
     block = torch.arange(response_length, device=device) // (block_length or response_length)
-    in_block = torch.zeros_like(response).index_add(1, block, masked.long())     # (B, N) counts
+    in_block = torch.zeros_like(response).index_add(1, block, masked.long())   # per row and block
     n_steps = -(-in_block // tokens_per_step)                            # rounded up
     for step in range(max(n_steps.sum(1).tolist(), default=0)):
         logits = response_logits(model, prompt, response)                # (B, N, V)
@@ -230,9 +231,9 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
         candidates = masked & (block == current_block)
         at = difficulty.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True)
-        at = at[:, :tokens_per_step]                                     # (B, b) positions: Eq. 2
+        at = at[:, :tokens_per_step]                                     # Eq. 2
         chosen = torch.zeros_like(masked).scatter(1, at, candidates.gather(1, at))
-        logits = logits.take_along_dim(at[..., None], 1)                 # (B, b, V)
+        logits = logits.take_along_dim(at[..., None], 1)                 # (B, tokens_per_step, V)
         tokens = pick_tokens(ban_mask(logits, mask_id), temperature, generator)
         response = torch.where(chosen, response.scatter(1, at, tokens), response)
         step_of = step_of.masked_fill(chosen, step)
@@ -254,7 +255,7 @@ def token_nll(logits, tokens):
     return -log_p.gather(-1, tokens[..., None]).squeeze(-1)
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
-    """Eq. 1: mean over the masked positions of a row, then over rows; ranks are not used.
+    """Eq. 1: mean over the masked positions of a row, then over rows; the order is not used.
 
     Each row draws a mask ratio from 0 .. 1, unless `mask_ratio` sets it for all, and masks each
     of its valid positions with that probability, but at least one.  Returns loss, metrics.
@@ -268,19 +269,21 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
     masked = valid & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
     x_t = response.masked_fill(masked, mask_id)
     logits = ban_mask(response_logits(model, trajectories.prompt, x_t), mask_id)       # (B, N, V)
-    loss = mean_over_rows(token_nll(logits, response.masked_fill(~masked, 0)), masked)  # Eq. 1
+    nll = token_nll(logits, response.masked_fill(~masked, 0))            # 0: not counted
+    loss = row_mean(nll, masked).mean()                                  # Eq. 1
     return loss, {"nll": loss.detach()}
 
 # == 5. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: ideally the model visits a state with probability proportional to exp(-beta * sum of
-# the entropies its tokens had before they were revealed).  Fitting that needs a partition function.
+# the entropies its tokens had before they were revealed).  Fitting that needs a partition function
+# (beta goes into gamma and lambda below).
 # Comparing two states that differ in one token does not: if r was revealed before s, the state with
 # r should be the likelier one, so r should have the lower entropy (Lemma 1).
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
 
-    entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma, absorbs beta) nats.
+    h = entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma) nats.
     A pair (r, s) has r revealed before s; a row with fewer than two window positions counts 0.
     Returns loss and pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
     """
@@ -288,9 +291,9 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     require(len(set(shapes)) == 1, f"entropy, decode_rank, window need one shape, not {shapes}.")
     require(margin >= 0, f"margin must be 0 nats or more, not {margin}.")
     pairs = window[:, :, None] & window[:, None, :]                      # (B, N, N)
-    pairs &= decode_rank[:, :, None] < decode_rank[:, None, :]           # pairs[b, easier, harder]
-    excess = entropy[:, :, None] - entropy[:, None, :]                   # h(r) - h(s), wanted < 0
-    loss = mean_over_rows((excess + margin).relu().flatten(1), pairs.flatten(1))      # Eq. 8
+    pairs &= decode_rank[:, :, None] < decode_rank[:, None, :]           # pairs[b, earlier, later]
+    excess = entropy[:, :, None] - entropy[:, None, :]                   # h(r) - h(s)
+    loss = row_mean((excess + margin).relu().flatten(1), pairs.flatten(1)).mean()      # Eq. 8
     pair_accuracy = ((excess < 0) & pairs).sum() / pairs.sum().clamp(min=1)
     return loss, pair_accuracy
 
@@ -307,7 +310,7 @@ def window_at_cut(model, trajectories, n_visible, window_size, mask_id):
     at = decode_rank.masked_fill(~window, response.shape[1]).argsort(1)  # the window comes first
     at = at if isinstance(window_size, Tensor) else at[:, :window_size]  # (B, W)
     logits = ban_mask(response_logits(model, trajectories.prompt, x_t, at), mask_id)
-    response = response.masked_fill(~window, 0)                          # no target outside
+    response = response.masked_fill(~window, 0)                          # 0: not counted
     return logits, *(tensor.gather(1, at) for tensor in (response, decode_rank, window))
 
 def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, margin, rank_weight,
@@ -323,7 +326,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
         n_visible = draw_below(trajectories.n_decoded, generator)
     logits, tokens, decode_rank, window = window_at_cut(model, trajectories, n_visible, window_size,
                                                         mask_id)
-    nll = mean_over_rows(token_nll(logits, tokens), window)
+    nll = row_mean(token_nll(logits, tokens), window).mean()
     entropy = predictive_entropy(logits)         # at the cut; in Eq. 5 each just before its turn
     rank_loss, pair_accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin)
     loss = nll + rank_weight * rank_loss                                 # Eq. 9
@@ -352,7 +355,7 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
         times = torch.minimum(one, other), torch.maximum(one, other)
     start, end = times
     logits, tokens, _, window = window_at_cut(model, trajectories, start, end - start, mask_id)
-    loss = mean_over_rows(token_nll(logits, tokens), window)
+    loss = row_mean(token_nll(logits, tokens), window).mean()
     return loss, {"nll": loss.detach()}
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
@@ -371,11 +374,10 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     logits = ban_mask(response_logits(model, prompt, x_t), mask_id)      # (B, N, V)
     with torch.no_grad():
         reference_logits = ban_mask(response_logits(reference, prompt, x_t), mask_id)
-    x_0 = response.masked_fill(~masked, 0)                               # no target outside
+    x_0 = response.masked_fill(~masked, 0)                               # 0: not counted
 
     def log_ratio(y):                                                    # l(y) - l_ref(y), (B,)
-        difference = token_nll(reference_logits, y) - token_nll(logits, y)
-        return torch.where(masked, difference, 0).sum(1) / n_masked
+        return row_mean(token_nll(reference_logits, y) - token_nll(logits, y), masked)
 
     rejected = reference_logits.argmax(-1)                               # y^
     preference = -F.logsigmoid(b * log_ratio(x_0)) - a * F.logsigmoid(-b * log_ratio(rejected))
@@ -388,14 +390,14 @@ class LaggedCopy:
     """A frozen copy of an nn.Module that catches up every `every` calls: the reference of T3D."""
 
     def __init__(self, model, every=10):
-        self.model, self.copy, self.every, self.calls = model, copy.deepcopy(model), every, 0
+        self.model, self.frozen, self.every, self.calls = model, copy.deepcopy(model), every, 0
 
     @torch.no_grad()
     def __call__(self, tokens):
         if self.calls % self.every == 0:
-            self.copy.load_state_dict(self.model.state_dict())
+            self.frozen.load_state_dict(self.model.state_dict())
         self.calls += 1
-        return self.copy(tokens)
+        return self.frozen(tokens)
 
 # == 8. Trajectory discrimination score (Eq. 10-11) ================================================
 # How well a state tells easy from hard: the variance of the entropies of what is still masked.  A
@@ -406,9 +408,8 @@ def trajectory_discrimination_score(entropy, masked):
 
     0 for a state with fewer than two masked positions.
     """
-    count = masked.sum(1, keepdim=True).clamp(min=1)
-    mean = torch.where(masked, entropy, 0).sum(1, keepdim=True) / count
-    return (torch.where(masked, entropy - mean, 0) ** 2).sum(1) / count.squeeze(1)
+    mean = row_mean(entropy, masked)[:, None]
+    return row_mean((entropy - mean) ** 2, masked)
 
 @torch.no_grad()
 def replay(model, trajectories, *, mask_id):
@@ -424,7 +425,7 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
 
     Column k has k tokens revealed.  A state counts if it masks two positions or more; those behind
     an `eos_id` that is already written are left out.  In nats squared.  The curve is the mean of
-    each column over counted rows, Eq. 11 that of all.
+    each column over counted rows; Eq. 11 is the mean of all counted entries.
     """
     scores, counted = [], []
     for x_t, masked, entropy in replay(model, trajectories, mask_id=mask_id):
@@ -494,7 +495,7 @@ class Denoiser(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary_size, bias=False)
         for weight in self.parameters():
-            if weight.dim() > 1:                 # a smaller std, as GPT-2's 0.02, learns later here
+            if weight.dim() > 1:                 # with GPT-2's 0.02 it learns more slowly
                 nn.init.normal_(weight, std=width ** -0.5)
 
     def forward(self, tokens):
@@ -540,13 +541,13 @@ def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, s
     return model.eval()
 
 # == 12. Self-distillation and the arms ============================================================
-# The base answers the queries of the new domain and a checker keeps the right answers: that is all
-# the data there is.  SFT-GT gets a reference solution for the query of every kept answer instead.
+# The base answers the queries of the new domain and a checker keeps what is right: that is all the
+# data there is.  SFT-GT gets a reference solution for the query of every kept answer instead.
 
 ARMS = ("SFT-GT", "SFT-SD", "dInfer", "T3D", "trajectory", "TABOM")
 
 def arm_loss(arm, model, config):
-    """The loss function of an arm: except for the data of SFT-GT, all in which arms differ."""
+    """The loss of an arm (SFT-GT and SFT-SD: Eq. 1); but for SFT-GT's data, all that differs."""
     return {"dInfer": dinfer_loss,
             "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
             "trajectory": partial(trajectory_loss, window_size=config.window_size),
@@ -596,8 +597,8 @@ def self_distil(base, problems, config, seed):
     return distilled, as_trajectories(*reference), asked, n_rollouts
 
 # == 13. Evaluation ================================================================================
-# Always the last checkpoint and every test problem.  blank has few prompts and many right answers:
-# each prompt is sampled many times, and accuracy is kept per problem, to compare arms in pairs.
+# Always the last checkpoint.  A new domain of few prompts with many right answers is sampled many
+# times; accuracy is kept per problem, to compare arms in pairs.
 
 say = partial(print, flush=True)
 
@@ -605,7 +606,7 @@ def percent(correct):
     return 100 * correct.float().mean().item()
 
 def take_test(model, domain, problems, config, seed, **settings):
-    """Test problems -> Trajectories, correct: sampled in the new domain, greedy in the old ones."""
+    """Problems -> Trajectories, correct.  Sampled as in config in the new domain, else greedy."""
     temperature = 0.0
     if domain == config.new_domain:
         problems, temperature = problems.repeat_interleave(config.samples, 0), config.temperature
@@ -682,13 +683,13 @@ def run_seed(config, seed, arms, device, bases):
     stage(f"Self-distillation (Def. 1): {config.queries} queries, {config.collect_order} order")
     queries = splits[new]["query"].to(device)
     distilled, reference, asked, n_rollouts = self_distil(base, queries, config, seed)
-    training = asked % 8 > 0                     # the answers to every eighth problem are held out
-    say(f"    {n_rollouts} rollouts, {len(distilled)} kept, {training.sum()} of them for training\n"
+    in_training = asked % 8 > 0                  # the answers to every eighth problem are held out
+    say(f"    {n_rollouts} rollouts, {len(distilled)} kept, {in_training.sum()} of them to train on\n"
         "    how unlikely responses are to the base: nats per masked token, by share (Fig. 3)")
     ratios = [ratio / 10 for ratio in range(1, 10)]
     with torch.no_grad():
         own_nll, reference_nll = (
-            [nelbo_loss(base, data[~training], mask_id=mask_id, mask_ratio=ratio,
+            [nelbo_loss(base, data[~in_training], mask_id=mask_id, mask_ratio=ratio,
                         generator=random_stream(seed, "masks", device))[0].item()
              for ratio in ratios] for data in (distilled, reference))
     say(toy_data.likelihood_table(ratios, own_nll, reference_nll))
@@ -699,10 +700,10 @@ def run_seed(config, seed, arms, device, bases):
         model = copy.deepcopy(base)
         if arm in arms:
             data = reference if arm == "SFT-GT" else distilled
-            train(model, data[training], arm_loss(arm, model, config), updates=config.updates,
+            train(model, data[in_training], arm_loss(arm, model, config), updates=config.updates,
                   batch_size=config.batch_size, learning_rate=config.learning_rate,
                   warmup=config.warmup, seed=seed, label=arm)
-        results[arm], answers[arm] = evaluate(model, tests, distilled[~training], config, seed)
+        results[arm], answers[arm] = evaluate(model, tests, distilled[~in_training], config, seed)
         if arm in arms:
             results[arm]["change"] = toy_data.compare(results[arm], results["No-SFT"])
         tuned = model.state_dict() if arm == "TABOM" else tuned
@@ -717,7 +718,7 @@ def run_seed(config, seed, arms, device, bases):
 # == 15. The command line ==========================================================================
 
 def demo(options):
-    """Check everything first, then run the seeds, writing what was asked for after each."""
+    """Check everything first, then run the seeds; all files are written anew after each."""
     config = toy_data.make_config(options.set, options.quick)
     toy_data.check_options(options)
     arms, seeds = [arm for arm in ARMS if arm in options.arms], options.seeds
@@ -732,17 +733,18 @@ def demo(options):
             toy_data.save_models(options.base, config, bases)
         if options.save:
             toy_data.save_models(options.save, config, models)
+        if options.json:
+            toy_data.write_report(options.json, config, seeds, options.quick, hardware, runs)
     if len(runs) > 1:
         say(f"\nMean ± standard deviation of {len(runs)} seeds; differences paired within a seed")
         say(toy_data.summary_table([run["arms"] for run in runs.values()]))
-    if options.json:
-        toy_data.write_report(options.json, config, seeds, options.quick, hardware, runs)
     say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes on {hardware}.")
 
 def main(arguments=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     if toy_data is None:
-        sys.exit("tabom.py: toy_data.py is missing; it belongs beside tabom.py.")
+        print("tabom.py: toy_data.py is missing; it belongs beside tabom.py.", file=sys.stderr)
+        return 2
     options = toy_data.parse_arguments(arguments, ARMS, __doc__.split("\n")[0])
     try:
         if options.demo or options.quick:

@@ -2095,7 +2095,7 @@ def benchmark_case(case, device):
         else:                                                            # "cross-entropy alone"
             logits_, tokens, _, window = tabom.window_at_cut(lambda tokens: logits, data, cuts, 32,
                                                              v)
-            loss = tabom.mean_over_rows(tabom.token_nll(logits_, tokens), window)
+            loss = tabom.row_mean(tabom.token_nll(logits_, tokens), window).mean()
         loss.backward()
 
     def peak():

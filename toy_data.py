@@ -377,8 +377,8 @@ def load_models(path, config):
 def write_report(path, config, seeds, quick, hardware, runs):
     """Every figure of the runs {seed: figures} as JSON, with what produced them."""
     report = {"config": vars(config), "seeds": seeds, "quick": quick, "device": hardware,
-              "threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__,
-              "python": platform.python_version(), "runs": runs}
+              "threads": torch.get_num_threads(), "machine": platform.machine(),
+              "torch": torch.__version__, "python": platform.python_version(), "runs": runs}
     write_whole(path, lambda file: file.write(json.dumps(report, indent=1).encode()))
 
 
