@@ -26,7 +26,7 @@ its reveal); and the demo collects in random order by default, so that the check
 """
 # ==== The method begins here: sections 1-9 are one block to copy; they need nothing but torch =====
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,8 +59,9 @@ class Trajectories:
         require([len(shape) for shape in shapes] == [2] * 4 and shapes[0][0] == shapes[1][0]
                 and shapes[1] == shapes[2] == shapes[3],
                 f"prompt must be (B, L) and the other three fields (B, N), not {shapes}.")
-        require(all(tensor.dtype == torch.int64 for tensor in list(vars(self).values())[:3]),
-                "prompt, response and decode_rank must be int64.")
+        dtypes = [tensor.dtype for tensor in vars(self).values()]
+        require(dtypes[:3] == [torch.int64] * 3 and dtypes[3].is_floating_point, "prompt, response "
+                f"and decode_rank must be int64, entropy floating-point, not {dtypes}.")
 
     def __getitem__(self, rows):
         """Rows by boolean mask, index tensor or slice."""
@@ -73,9 +74,10 @@ class Trajectories:
         return Trajectories(*(field.to(device) for field in vars(self).values()))
 
     def only(self, valid):
-        """Leave out positions that are not `valid` (B, N) bool: padding behind the end, say."""
+        """Leave out positions that are not `valid` (B, N) bool, padding behind the end for example.
+        They stay as they are, visible; write mask_id there if the model should not see them."""
         rank = ranks_from_steps(self.decode_rank.masked_fill(~valid, -1), self.entropy)
-        return Trajectories(self.prompt, self.response, rank, self.entropy.masked_fill(~valid, 0))
+        return replace(self, decode_rank=rank, entropy=self.entropy.masked_fill(~valid, 0))
 
     @property
     def n_decoded(self):
@@ -85,6 +87,11 @@ class Trajectories:
 def require(fact, message):
     if not fact:
         raise ValueError(message)
+
+def require_whole(lowest, **settings):
+    for name, value in settings.items():
+        require(hasattr(value, "__index__") and value >= lowest,
+                f"{name} must be a whole number of at least {lowest}, not {value}.")
 
 def rank_in_row(values):
     """(B, N) -> (B, N) int64: 0 for the smallest of a row; of equal ones the leftmost is first."""
@@ -103,21 +110,23 @@ def segment_masks(decode_rank, n_visible, window_size):
     In the paper these are U_t, M_t and Delta.  The window is the next `window_size` ranks, fewer at
     the end of a response, so that every rank, the last one included, falls into some window.
     """
-    require(isinstance(window_size, Tensor) or window_size >= 1,
-            f"window_size must be at least 1, not {window_size}.")
+    per_row = [value for value in (n_visible, window_size) if isinstance(value, Tensor)]
+    require(all(value.shape == decode_rank.shape[:1] for value in per_row),
+            f"n_visible and window_size must be whole numbers or ({len(decode_rank)},) tensors.")
     n_visible, window_size = (value[:, None] if isinstance(value, Tensor) else value
                               for value in (n_visible, window_size))     # (B, 1) or int
-    visible = decode_rank < n_visible
-    masked = ~visible
-    window = masked & (decode_rank < n_visible + window_size)
-    return visible, masked, window
+    masked = (decode_rank >= 0) & (decode_rank >= n_visible)
+    window = masked & (decode_rank - n_visible < window_size)
+    return ~masked, masked, window
 
 def response_logits(model, prompt, x_t, at=None):
     """The only call of a model: logits of x_t (B, N), all of them or `at` some positions (B, W)."""
     tokens = torch.cat([prompt, x_t], 1)
+    require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
-    require(logits.dim() == 3 and logits.shape[:2] == tokens.shape, "the model must return logits "
-            f"{tuple(tokens.shape)} + (V,), not {tuple(logits.shape)}.")
+    require(isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == tokens.shape,
+            f"the model must return a tensor of logits {(*tokens.shape, 'V')}; of an output object "
+            "with .logits, return these.")
     if at is None:
         return logits[:, prompt.shape[1]:]                               # (B, N, V)
     row_start = torch.arange(len(at), device=at.device)[:, None] * tokens.shape[1]
@@ -137,7 +146,8 @@ def row_mean(values, chosen):
 
 def draw_below(limit, generator):
     """(B,) limits -> (B,) int64, each uniform over 0 .. limit-1."""
-    return (torch.rand(limit.shape, generator=generator, device=limit.device) * limit).long()
+    draw = torch.rand(limit.shape, generator=generator, device=limit.device, dtype=torch.float32)
+    return (draw * limit).long()
 
 # == 2. Predictive entropy: how unsure the model is of a position ==================================
 # The quantity behind everything here: the decoder sorts by it, the ranking loss compares it, the
@@ -160,7 +170,7 @@ ORDERS = ("entropy", "confidence", "margin", "random")
 
 def entropy_and_difficulty(logits, mask_id, order="entropy", part_size=2 ** 21):
     """(B, N, V) -> entropy and what the order sorts by, the easiest lowest: (B, N) each."""
-    entropy = torch.empty(logits.shape[:2], device=logits.device)
+    entropy = torch.empty(logits.shape[:2], device=logits.device, dtype=torch.float32)
     difficulty = torch.empty_like(entropy)
     n_positions = max(1, part_size // max(1, logits[:, :1].numel()))
     for start in range(0, logits.shape[1], n_positions):                 # in parts, to save memory
@@ -178,7 +188,8 @@ def pick_tokens(logits, temperature, generator):
     """(..., V) -> (...): the likeliest tokens, or samples if the temperature is above 0."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     race = p / torch.empty_like(p).exponential_(generator=generator)
     return race.argmax(-1)                       # is token v with probability p(v)
 
@@ -202,11 +213,12 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
         require(order.shape == (response_length,) and order.isfinite().all(),
                 f"an order tensor must hold {response_length} finite numbers.")
     else:
-        require(order in ORDERS, f"order must be one of {', '.join(ORDERS)}, not {order!r}.")
-    for name, value in (("response_length", response_length), ("tokens_per_step", tokens_per_step),
-                        ("block_length", block_length)):
-        require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
-    require(temperature >= 0, f"temperature must be 0 or more, not {temperature}.")
+        require(order in ORDERS, f"order must be one of {', '.join(ORDERS)}, or a tensor.")
+    block_length = response_length if block_length is None else block_length
+    require_whole(1, response_length=response_length, tokens_per_step=tokens_per_step,
+                  block_length=block_length)
+    require_whole(0, mask_id=mask_id)
+    require(0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}.")
     require(prompt.dim() == 2 and prompt.dtype == torch.int64, "the prompt must be (B, L) int64.")
     require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
     shape, device = (len(prompt), response_length), prompt.device
@@ -214,11 +226,12 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
         require(tensor is None or (tensor.shape == shape and tensor.dtype == dtype),
                 f"{name} must have the shape {shape} and be {dtype}.")
 
-    response = prompt.new_full(shape, mask_id) if given is None else given
+    response = prompt.new_full(shape, mask_id) if given is None else given.clone()
     masked = response == mask_id                 # from here on tracked, not read off the tokens
     masked = masked if valid is None else masked & valid
-    step_of, entropy_at_reveal = torch.full_like(response, -1), torch.zeros(shape, device=device)
-    block = torch.arange(response_length, device=device) // (block_length or response_length)
+    step_of = torch.full_like(response, -1)
+    entropy_at_reveal = torch.zeros(shape, device=device, dtype=torch.float32)
+    block = torch.arange(response_length, device=device) // block_length
     in_block = torch.zeros_like(response).index_add(1, block, masked.long())   # per row and block
     n_steps = -(-in_block // tokens_per_step)                            # rounded up
     for step in range(max(n_steps.sum(1).tolist(), default=0)):
@@ -227,7 +240,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
         if isinstance(order, Tensor):
             difficulty = order.to(entropy).expand(shape)
         elif order == "random":
-            difficulty = torch.rand(shape, generator=generator, device=device)
+            difficulty = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
         candidates = masked & (block == current_block)
         at = difficulty.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True)
@@ -262,8 +275,8 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
     """
     require(0 <= (mask_ratio or 0) <= 1, f"mask_ratio must be from 0 to 1, not {mask_ratio}.")
     response, valid = trajectories.response, trajectories.decode_rank >= 0
-    ratio = torch.rand(len(response), 1, generator=generator, device=response.device)
-    draw = torch.rand(response.shape, generator=generator, device=response.device)
+    ratio, draw = (torch.rand(len(response), n, generator=generator, device=response.device,
+                              dtype=torch.float32) for n in (1, response.shape[1]))
     draw = draw.masked_fill(~valid, torch.inf)
     ratio = ratio if mask_ratio is None else torch.full_like(ratio, mask_ratio)
     masked = valid & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
@@ -322,6 +335,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """
     require(margin >= 0 and rank_weight >= 0, "margin and rank_weight must be 0 or more, not "
             f"{margin} and {rank_weight}.")
+    require_whole(1, window_size=window_size)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     logits, tokens, decode_rank, window = window_at_cut(model, trajectories, n_visible, window_size,
@@ -390,7 +404,8 @@ class LaggedCopy:
     """A frozen copy of an nn.Module that catches up every `every` calls: the reference of T3D."""
 
     def __init__(self, model, every=10):
-        self.model, self.frozen, self.every, self.calls = model, copy.deepcopy(model), every, 0
+        self.model, self.frozen = model, copy.deepcopy(model).eval()
+        self.every, self.calls = every, 0
 
     @torch.no_grad()
     def __call__(self, tokens):
@@ -440,14 +455,15 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
 def from_decoding_order(prompt, response, decoding_order, entropy=None):
     """Trajectories from other people's data: the step at which each position was written.
 
-    decoding_order (B, N), lists or int64: counts up from the first step; -1 = never decoded.
+    decoding_order (B, N), lists or tensor: counts up from the first step; -1 = never decoded.
     Equal steps are ordered by entropy (B, N) if there is one, else by position.
     """
     step = torch.as_tensor(decoding_order, device=response.device)
-    require(step.shape == response.shape and step.dtype == torch.int64, "decoding_order must hold "
-            f"one whole number for each token of {tuple(response.shape)}.")
-    entropy = torch.zeros(step.shape, device=step.device) if entropy is None else entropy
-    return Trajectories(prompt, response, ranks_from_steps(step, entropy), entropy)
+    require(step.shape == response.shape and not step.is_floating_point(), "decoding_order must "
+            f"hold one whole number for each token of {tuple(response.shape)}.")
+    entropy = torch.zeros(step.shape) if entropy is None else torch.as_tensor(entropy)
+    entropy = entropy.to(step.device, torch.float32)
+    return Trajectories(prompt, response, ranks_from_steps(step.long(), entropy), entropy)
 
 def validate(trajectories, mask_id, vocabulary_size):
     """Look at every value and raise ValueError for a wrong one.  Call it once per data set: the
@@ -457,9 +473,10 @@ def validate(trajectories, mask_id, vocabulary_size):
     sorted_rank = torch.arange(n, device=response.device) - (n - valid.sum(1, keepdim=True))
     require((decode_rank.sort(1).values == sorted_rank.clamp(min=-1)).all(),
             "decode_rank must hold 0 .. n-1 once each in every row, and -1 elsewhere.")
-    for name, tokens in (("prompt", prompt), ("response", response[valid])):
-        require(not (tokens == mask_id).any(), f"the {name} contains mask_id ({mask_id}).")
-        require(((tokens >= 0) & (tokens < vocabulary_size)).all(),
+    for name, tokens, ranked in (("prompt", prompt, True), ("response", response, valid)):
+        is_mask = tokens == mask_id              # allowed where nothing is ranked
+        require(not (is_mask & ranked).any(), f"the {name} contains mask_id ({mask_id}).")
+        require((is_mask | (tokens >= 0) & (tokens < vocabulary_size)).all(),
                 f"the {name} contains a token outside of 0 .. {vocabulary_size - 1}.")
     require(entropy.isfinite().all() and (entropy >= 0).all(), "an entropy is negative or nan.")
 
@@ -554,12 +571,17 @@ def arm_loss(arm, model, config):
             "TABOM": partial(tabom_loss, window_size=config.window_size, margin=config.margin,
                              rank_weight=config.rank_weight)}.get(arm, nelbo_loss)
 
-def concatenate(parts):
-    return Trajectories(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
-
 def as_trajectories(prompt, response, given):
     """Solutions as Trajectories.  Nobody decoded them, so their ranks just count from the left."""
     return from_decoding_order(prompt, response, -given.long())
+
+def reorder(trajectories, how, generator):
+    """Controls: the same responses with "reversed" ranks, or "shuffled" within each of them."""
+    rank = trajectories.decode_rank
+    shuffled = torch.rand(rank.shape, generator=generator, device=rank.device)
+    turn = {"recorded": rank, "reversed": -rank, "shuffled": shuffled}[how]
+    step = rank_in_row(turn).masked_fill(rank < 0, -1)
+    return replace(trajectories, decode_rank=ranks_from_steps(step, trajectories.entropy))
 
 def answer(model, domain, problems, generator, **settings):
     """Decode problems (n, 2) -> Trajectories, correct (n,) bool.  Settings as in `decode`."""
@@ -569,32 +591,26 @@ def answer(model, domain, problems, generator, **settings):
         template = response.masked_fill(~given, toy_data.MASK_ID)
         parts.append(decode(model, prompt, response.shape[1], mask_id=toy_data.MASK_ID,
                             given=template, generator=generator, **settings))
-    answers = concatenate(parts)
+    answers = Trajectories(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
     return answers, toy_data.is_correct(domain, answers.prompt, answers.response)
 
 def self_distil(base, problems, config, seed):
-    """Def. 1 -> distilled, reference: Trajectories; asked: the problem of each row; rollouts made.
+    """Def. 1 -> distilled, reference: Trajectories; asked: the problem of each row.
 
     Row i of the reference solves the same problem as row i of the distilled ones.
     """
-    generator = random_stream(seed, "collect", problems.device)
-    unanswered = torch.arange(config.queries, device=problems.device) % len(problems)
-    n_rollouts, kept, asked = 0, [], []
-    for _ in range(config.tries):                # each time the queries without a valid answer yet
-        rollouts, _ = answer(base, config.new_domain, problems[unanswered], generator,
-                             temperature=config.collect_temperature, order=config.collect_order)
-        keep = toy_data.is_valid(config, rollouts.prompt, rollouts.response)
-        kept, asked = [*kept, rollouts[keep]], [*asked, unanswered[keep]]
-        n_rollouts, unanswered = n_rollouts + len(unanswered), unanswered[~keep]
-        if not len(unanswered):
-            break
-    distilled, asked = concatenate(kept), torch.cat(asked)
+    asked = torch.arange(config.queries, device=problems.device) % len(problems)
+    rollouts, _ = answer(base, config.new_domain, problems[asked],
+                         random_stream(seed, "collect", problems.device),
+                         temperature=config.collect_temperature, order=config.collect_order)
+    keep = toy_data.is_valid(config, rollouts.prompt, rollouts.response)
+    distilled, asked = rollouts[keep], asked[keep]
     if len(distilled) < 16:
-        raise DemoError(f"only {len(distilled)} of {n_rollouts} rollouts are valid, too few to "
+        raise DemoError(f"only {len(distilled)} of {config.queries} rollouts are valid, too few to "
                         "train on: raise pretrain_updates or queries with --set.")
     reference = toy_data.write_references(config.new_domain, problems[asked], config.reference_hand,
                                           random_stream(seed, "references"))
-    return distilled, as_trajectories(*reference), asked, n_rollouts
+    return distilled, as_trajectories(*reference), asked
 
 # == 13. Evaluation ================================================================================
 # Always the last checkpoint.  A new domain of few prompts with many right answers is sampled many
@@ -635,7 +651,8 @@ def evaluate(model, tests, held_out, config, seed):
         "gap": percent(best_order) - percent(correct),
         "factors": factors, "effective": effective,
         "TDS curve": curve[counted.any(0)].tolist(),
-        "per problem": [percent(samples) for samples in correct.split(config.samples)]}
+        "per problem": [percent(samples) for samples in correct.split(config.samples)],
+        "pass@k": toy_data.pass_at(correct.view(-1, config.samples))}
     return figures, (answers, correct)
 
 # == 14. The demo ==================================================================================
@@ -682,9 +699,9 @@ def run_seed(config, seed, arms, device, bases):
 
     stage(f"Self-distillation (Def. 1): {config.queries} queries, {config.collect_order} order")
     queries = splits[new]["query"].to(device)
-    distilled, reference, asked, n_rollouts = self_distil(base, queries, config, seed)
+    distilled, reference, asked = self_distil(base, queries, config, seed)
     in_training = asked % 8 > 0                  # the answers to every eighth problem are held out
-    say(f"    {n_rollouts} rollouts, {len(distilled)} kept, {in_training.sum()} of them to train on\n"
+    say(f"    {len(distilled)} answers kept, {in_training.sum()} of them to train on\n"
         "    how unlikely responses are to the base: nats per masked token, by share (Fig. 3)")
     ratios = [ratio / 10 for ratio in range(1, 10)]
     with torch.no_grad():
@@ -696,13 +713,16 @@ def run_seed(config, seed, arms, device, bases):
 
     stage(f"Fine-tune: same base, same batch order, {config.updates} updates, last checkpoint")
     results, answers, tuned = {}, {}, None
+    recorded = reorder(distilled, config.ranks, random_stream(seed, "collect", device))
     for arm in ("No-SFT", *arms):
         model = copy.deepcopy(base)
         if arm in arms:
-            data = reference if arm == "SFT-GT" else distilled
+            data = reference if arm == "SFT-GT" else recorded
             train(model, data[in_training], arm_loss(arm, model, config), updates=config.updates,
                   batch_size=config.batch_size, learning_rate=config.learning_rate,
                   warmup=config.warmup, seed=seed, label=arm)
+            for weight, start in zip(model.parameters(), base.parameters()):
+                weight.data.lerp_(start.data, 1 - config.tuned_share)
         results[arm], answers[arm] = evaluate(model, tests, distilled[~in_training], config, seed)
         if arm in arms:
             results[arm]["change"] = toy_data.compare(results[arm], results["No-SFT"])
@@ -712,7 +732,7 @@ def run_seed(config, seed, arms, device, bases):
     text, claims = toy_data.report(results, answers, own_nll, reference_nll)
     say(text)
     return {"arms": results, "mask ratios": ratios, "self-distilled nll": own_nll,
-            "reference nll": reference_nll, "rollouts": n_rollouts, "valid": len(distilled),
+            "reference nll": reference_nll, "valid": len(distilled),
             "claims": claims, "seconds": time.time() - started}, tuned
 
 # == 15. The command line ==========================================================================
@@ -736,8 +756,9 @@ def demo(options):
         if options.json:
             toy_data.write_report(options.json, config, seeds, options.quick, hardware, runs)
     if len(runs) > 1:
-        say(f"\nMean ± standard deviation of {len(runs)} seeds; differences paired within a seed")
+        say(f"\nMean ± standard deviation of {len(runs)} seeds; paired differences: 95 % interval")
         say(toy_data.summary_table([run["arms"] for run in runs.values()]))
+        say(toy_data.claims_table([run["claims"] for run in runs.values()]))
     say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes on {hardware}.")
 
 def main(arguments=None):

@@ -631,11 +631,20 @@ def test_rows_do_not_wait_for_each_other():
     ({"order": None}, "order must be one of"),
     ({"order": torch.tensor([0.0, 1.0])}, "order tensor"),
     ({"order": torch.tensor([0.0, torch.inf, 1.0, 2.0, 3.0, 4.0])}, "order tensor"),
-    ({"response_length": 0}, "response_length must be at least 1, not 0"),
-    ({"tokens_per_step": 0}, "tokens_per_step must be at least 1, not 0"),
-    ({"block_length": 0}, "block_length must be at least 1, not 0"),
-    ({"block_length": -2}, "block_length must be at least 1, not -2"),
+    ({"response_length": 0}, "response_length must be a whole number of at least 1, not 0"),
+    ({"tokens_per_step": 0}, "tokens_per_step must be a whole number of at least 1, not 0"),
+    ({"block_length": 0}, "block_length must be a whole number of at least 1, not 0"),
+    ({"block_length": -2}, "block_length must be a whole number of at least 1, not -2"),
+    ({"tokens_per_step": 1.5}, "tokens_per_step must be a whole number of at least 1, not 1.5"),
+    ({"block_length": 2.0}, "block_length must be a whole number of at least 1, not 2.0"),
+    ({"mask_id": 4.5}, "mask_id must be a whole number of at least 0, not 4.5"),
+    ({"mask_id": -1}, "mask_id must be a whole number of at least 0, not -1"),
     ({"temperature": -0.5}, "temperature must be 0"),
+    ({"temperature": math.inf}, "temperature must be 0"),
+    ({"temperature": math.nan}, "temperature must be 0"),
+    ({"prompt": torch.zeros(1, L)}, "the prompt must be"),
+    ({"prompt": torch.zeros(L, dtype=torch.int64)}, "the prompt must be"),
+    ({"valid": torch.ones(1, N)}, "valid must have the shape"),
     ({"prompt": torch.tensor([[0, MASK]])}, "the prompt contains mask_id"),
     ({"given": torch.full((1, N + 1), MASK)}, "given must have the shape"),
     ({"given": torch.full((2, N), MASK)}, "given must have the shape"),
@@ -1586,6 +1595,9 @@ def test_decoding_order_lists_become_trajectories():
     own = decode(TinyModel(), prompts(5), N, mask_id=MASK, tokens_per_step=2)
     again = tabom.from_decoding_order(own.prompt, own.response, own.decode_rank // 2, own.entropy)
     assert torch.equal(again.decode_rank, own.decode_rank)
+    narrow = tabom.from_decoding_order(prompt, response, torch.tensor(steps, dtype=torch.int32),
+                                       entropy.tolist())
+    assert torch.equal(narrow.decode_rank, by_entropy.decode_rank)
     for wrong in ([[0, 1, 2], [0, 1, 2]], [[0.0, 1.0, 2.0, 3.0]] * 2):
         with pytest.raises(ValueError, match="decoding_order must hold"):
             tabom.from_decoding_order(prompt, response, wrong)
@@ -1735,6 +1747,7 @@ def test_losses_never_wait_for_the_device(loss_fn, own):
     ({"entropy": torch.zeros(6)}, "prompt must be"),
     ({"response": torch.zeros(6, N)}, "must be int64"),
     ({"decode_rank": torch.zeros(6, N, dtype=torch.int32)}, "must be int64"),
+    ({"entropy": torch.zeros(6, N, dtype=torch.int64)}, "entropy floating-point"),
 ])
 def test_trajectories_of_a_wrong_form_cannot_be_made(fields, message):
     """Shapes and dtypes are checked where the data are made, at no cost for the losses."""
@@ -1750,6 +1763,7 @@ def test_trajectories_of_a_wrong_form_cannot_be_made(fields, message):
     ("response", (0, 1), MASK, "the response contains mask_id"),
     ("response", (0, 1), -1, "the response contains a token outside of 0 .. 4"),
     ("prompt", (0, 1), V + 3, "the prompt contains a token outside of 0 .. 4"),
+    ("response", (1, 0), V + 3, "the response contains a token outside of 0 .. 4"),
     ("entropy", (0, 1), math.nan, "entropy"),
     ("entropy", (0, 1), -0.5, "entropy"),
 ])
@@ -1765,7 +1779,10 @@ def test_validate_finds_every_wrong_value(name, place, value, message):
 
 
 @pytest.mark.parametrize("name, setting", [
-    ("tabom", {"window_size": 0}), ("tabom", {"margin": -0.1}), ("tabom", {"rank_weight": -1.0}),
+    ("tabom", {"window_size": 0}), ("tabom", {"window_size": 2.5}),
+    ("tabom", {"n_visible": torch.zeros(5, dtype=torch.int64)}),
+    ("tabom", {"n_visible": torch.zeros(6, 1, dtype=torch.int64)}), ("tabom", {"margin": -0.1}),
+    ("tabom", {"rank_weight": -1.0}),
     ("trajectory", {"window_size": -3}), ("nelbo", {"mask_ratio": 1.5}),
     ("nelbo", {"mask_ratio": -0.1}), ("t3d", {"a": -1.0}),
 ])
@@ -1778,11 +1795,61 @@ def test_losses_refuse_settings_before_the_model_runs(name, setting):
     assert model.seen == []
 
 
-@pytest.mark.parametrize("logits", [torch.zeros(6, L + N), torch.zeros(6, N, V)])
-def test_a_model_of_another_shape_is_named(logits):
-    """Logits for the response only, or without a vocabulary: the sentence says what is wanted."""
-    with pytest.raises(ValueError, match="the model must return logits"):
-        nelbo_loss(lambda tokens: logits, random_trajectories(), mask_id=MASK)
+@pytest.mark.parametrize("output", [torch.zeros(6, L + N), torch.zeros(6, N, V),
+                                    SimpleNamespace(logits=torch.zeros(6, L + N, V))])
+def test_a_model_of_another_form_is_named(output):
+    """Logits of the response only, without a vocabulary, or in an object: one sentence says so."""
+    with pytest.raises(ValueError, match="the model must return a tensor of logits"):
+        nelbo_loss(lambda tokens: output, random_trajectories(), mask_id=MASK)
+
+
+@every_loss
+def test_no_rows_are_an_error_of_their_own(loss_fn, own):
+    """A checker that kept nothing: one sentence, where a mean over nothing would be nan."""
+    with pytest.raises(ValueError, match="no rows"):
+        loss_fn(TinyModel(), random_trajectories()[:0], mask_id=MASK, **own)
+    assert len(decode(TinyModel(), prompts(0), N, mask_id=MASK)) == 0
+
+
+def test_windows_without_limit_and_cuts_before_the_first_reveal():
+    """A window as long as an integer goes is the rest of the response; what was given stays
+    visible whatever the cut."""
+    ranks = torch.tensor([[-1, 2, 0, 1]])
+    _, masked, window = segment_masks(ranks, torch.tensor([1]), sys.maxsize)
+    assert masked.tolist() == window.tolist() == [[False, True, False, True]]
+    assert segment_masks(ranks, -5, 2)[0].tolist() == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    """torch.set_default_dtype, common where large models are loaded, moves no order and no draw."""
+    table, trajectories = torch.randn(N, V, generator=seeded()), random_trajectories()
+
+    def everything():
+        got = decode(Scripted(table), prompts(4), N, mask_id=MASK, order="random", temperature=1.0,
+                     generator=seeded())
+        return [field.tolist() for field in vars(got).values()], [
+            loss_fn(lambda tokens: torch.cat([torch.zeros(6, L, V, dtype=torch.float32),
+                                              table.expand(6, N, V)], 1), trajectories,
+                    mask_id=MASK, generator=seeded(), **own)[0].item()
+            for name, (loss_fn, own) in LOSSES.items() if name != "t3d"]
+    expected = everything()
+    torch.set_default_dtype(dtype)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got == expected
+
+
+@pytest.mark.parametrize("temperature, spread", [(1e-40, 1), (1e30, 4)])
+def test_extreme_temperatures_are_the_two_limits(temperature, spread):
+    """Towards 0 always the likeliest token, towards infinity all alike, never a banned one."""
+    table = torch.tensor([[5.0, 1.0, 2.0, 3.0, 4.0]])
+    got = decode(Scripted(table), torch.ones(300, L, dtype=torch.int64), 1, mask_id=0,
+                 temperature=temperature, generator=seeded()).response
+    assert len(got.unique()) == spread and not (got == 0).any()
+    assert spread > 1 or (got == 4).all()
 
 
 # ==================================================================================================
@@ -1824,8 +1891,8 @@ def test_the_whole_demo_runs_and_repeats_itself(new_domain, tmp_path, capsys):
         row = report["runs"]["0"]["arms"][arm]
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
         assert f"\n    {arm}" in texts[0]
-    for claim, held in report["runs"]["0"]["claims"]:
-        assert f"{'held        ' if held else 'did NOT hold'}  {claim}" in texts[0]
+    for claim, figure, held in report["runs"]["0"]["claims"]:
+        assert f"{'held        ' if held else 'did NOT hold'}  {claim}: {figure}" in texts[0]
 
 
 def test_seeds_arms_base_and_save(tmp_path, capsys):
@@ -1855,20 +1922,91 @@ def test_summary_is_mean_spread_and_paired_difference():
             for values in ({"SFT-SD": 10, "TABOM": 12}, {"SFT-SD": 12, "TABOM": 20})]
     rows = {line.strip().split("  ")[0]: line for line in toy_data.summary_table(runs).splitlines()}
     assert "11.00 ± 1.41" in rows["SFT-SD"] and "16.00 ± 5.66" in rows["TABOM"]
-    assert "5.00 ± 4.24" in rows["TABOM - SFT-SD"]
+    assert "+5.00 [-33.13, +43.13]" in rows["TABOM - SFT-SD"]            # 12.71 * 4.24 / sqrt(2)
+
+
+def test_interval_over_seeds_is_students_t():
+    """Four differences 1, 2, 3, 4: 2.5 ± 3.18 * 1.291 / 2; the table ends at 20 seeds."""
+    mean_, low, high = toy_data.seed_interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert close(mean_, 2.5) and close(low, 2.5 - 2.0527, 1e-3) and close(high, 4.5527, 1e-3)
+    assert len(toy_data.T_975) == 19 and list(toy_data.T_975) == sorted(toy_data.T_975)[::-1]
+    assert close(toy_data.seed_interval(torch.arange(40.0))[2] - 19.5, 2.09 * 11.6905 / 40 ** 0.5,
+                 1e-3)
+
+
+def test_claims_are_counted_over_seeds():
+    """Held in two of three seeds is printed as that."""
+    runs = [[("C1 this", "0.1", True), ("C2 that", "3", held)] for held in (True, False, True)]
+    assert toy_data.claims_table(runs).splitlines() == ["    held in 3 of 3  C1 this",
+                                                        "    held in 2 of 3  C2 that"]
+
+
+def test_pass_at_k_is_the_chance_that_one_of_k_tries_is_right():
+    """Against all subsets of the tries; k goes as far as there are tries."""
+    solved = torch.zeros(3, 9, dtype=torch.bool)
+    solved[0, :1], solved[1, [2, 4, 7]] = True, True
+    got = toy_data.pass_at(solved)
+    assert list(got) == [1, 8]
+    for k, value in got.items():
+        tries = list(itertools.combinations(range(9), k))
+        assert close(value, 100 * mean(mean(float(row[list(some)].any()) for some in tries)
+                                       for row in solved))
+
+
+def test_boundary_counts_what_the_base_never_solved():
+    """Two problems at 0 for the base, of which the tuned model solves one, in half of its tries."""
+    base = {"per problem": [0.0, 0.0, 50.0], "pass@k": {1: 16.7}}
+    tuned = {"per problem": [50.0, 0.0, 100.0], "pass@k": {1: 50.0}}
+    text = toy_data.boundary(base, tuned)
+    assert "of 3 problems the base never solved 2" in text
+    assert "solves 1 of these, in 25.0 % of its tries" in text
+
+
+def test_controls_change_the_order_and_nothing_else():
+    """Reversed and shuffled ranks are permutations of the valid positions; recorded ones stay."""
+    data = random_trajectories(200)
+    for how in ("recorded", "reversed", "shuffled"):
+        got = tabom.reorder(data, how, seeded())
+        tabom.validate(got, MASK, V)
+        assert torch.equal(got.response, data.response)
+        assert torch.equal(got.decode_rank < 0, data.decode_rank < 0)
+        if how == "recorded":
+            assert torch.equal(got.decode_rank, data.decode_rank)
+        if how == "reversed":
+            expected = data.n_decoded[:, None] - 1 - data.decode_rank
+            assert torch.equal(got.decode_rank[data.decode_rank >= 0],
+                               expected[data.decode_rank >= 0])
+    first = data.decode_rank[::3][got.decode_rank[::3] == 0]             # shuffled: any old rank
+    assert len(first) == 67 and first.unique().tolist() == list(range(N))
+
+
+def test_filters_keep_what_they_say():
+    """Right answer and working; right answer; anything; wrong answers only."""
+    prompt = torch.tensor([toy_data.encode("47×")] * 3)
+    response = torch.tensor([toy_data.encode(text) for text in (
+        "85=3995235376", "85=3995235375", "85=3994235376")])
+    for name, expected in (("working", [True, False, False]), ("answer", [True, True, False]),
+                           ("none", [True, True, True]), ("wrong", [False, False, True])):
+        config = toy_data.Config(rollout_filter=name)
+        assert toy_data.is_valid(config, prompt, response).tolist() == expected
 
 
 def test_claims_follow_the_figures():
     """A claim is judged by the figures: turn them round and every judgement turns."""
-    def judged(old, tds, low, own, other):
-        results = {arm: {"old": old[arm], "TDS": tds[arm]} for arm in old}
-        leads = {arm: (low + 1, low, low + 2) for arm in old if arm != "TABOM"}
-        return [held for _, held in toy_data.judge(results, leads, own, other)]
-    good = judged({"No-SFT": 98.0, "SFT-GT": 60.0, "TABOM": 97.0},
-                  {"No-SFT": 0.2, "SFT-GT": 0.2, "TABOM": 0.3}, 5.0, [0.1, 0.2], [0.3, 0.4])
-    bad = judged({"No-SFT": 98.0, "SFT-GT": 90.0, "TABOM": 95.0},
-                 {"No-SFT": 0.2, "SFT-GT": 0.2, "TABOM": 0.1}, -0.1, [0.1, 0.4], [0.3, 0.4])
-    assert len(good) == len(bad) == 6 and all(good) and not any(bad)
+    def judged(new, old, tds, two, low, own, other):
+        names = ("No-SFT", "SFT-GT", "SFT-SD", "trajectory", "TABOM")
+        results = {arm: dict(zip(("new", "old", "TDS", "2 tok"), row))
+                   for arm, *row in zip(names, new, old, tds, two)}
+        leads = {arm: (low + 1, low, low + 2) for arm in names[:-1]}
+        return toy_data.judge(results, leads, own, other)
+    good = judged((5, 0, 10, 10, 50), (98, 60, 97, 97, 97), (0.2, 0.2, 0.2, 0.2, 0.3),
+                  (5, 0, 5, 5, 40), 5.0, [0.1] * 9, [0.3] * 9)
+    bad = judged((5, 0, 10, 10, 12), (98, 90, 97, 97, 95), (0.2, 0.2, 0.2, 0.2, 0.1),
+                 (5, 0, 5, 5, 9), -0.1, [0.1] * 8 + [0.4], [0.3] * 9)
+    assert [claim for claim, *_ in good] == [claim for claim, *_ in bad]
+    assert [claim[:2] for claim, *_ in good] == ["C1", "C2", "C3", "C4", "C4", "C4", "C6", "C5",
+                                                 "C7", "C7", "C8"]
+    assert all(held for *_, held in good) and not any(held for *_, held in bad)
 
 
 def test_compare_is_paired():
@@ -1886,6 +2024,7 @@ def test_compare_is_paired():
     (["--demo", "--set", "updates=0"], "updates must be positive"),
     (["--demo", "--set", "margin=-1"], "margin must be"),
     (["--demo", "--set", "margin=nan"], "margin must be"),
+    (["--demo", "--set", "ranks=sideways"], "ranks must be one of recorded"),
     (["--demo", "--set", "new_domain=div"], "new_domain must be one of blank, mul"),
     (["--demo", "--set", "width=95"], "multiple of heads"),
     (["--demo", "--set", "queries=64", "--set", "rollout_filter=working"], "rollouts are valid"),

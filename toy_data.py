@@ -218,12 +218,13 @@ class DemoError(Exception):
     """Something the user of the demo can mend, in one sentence."""
 
 
-CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer", "none"),
+CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer", "none", "wrong"),
+           "ranks": ("recorded", "shuffled", "reversed"),
            "collect_order": ("entropy", "confidence", "margin", "random"),
            "reference_hand": ("own", "other"), "split": ("validation", "test")}
 MAY_BE_ZERO = ("collect_temperature", "margin", "rank_weight", "temperature")
 # What is different when multiplication itself is the new domain, and in a --quick run.
-MUL = dict(queries=4000, tries=8, collect_order="entropy", window_size=4, margin=0.2,
+MUL = dict(queries=16000, collect_order="entropy", window_size=4, margin=0.2,
            rank_weight=1.0, test_problems=1200, samples=1, temperature=0.0)
 QUICK = dict(pretrain_updates=150, queries=200, rollout_filter="none", updates=20,
              test_problems=20, samples=2)
@@ -244,17 +245,19 @@ class Config:
     pretrain_batch: int = 128
     pretrain_learning_rate: float = 3e-3
     # self-distillation
-    queries: int = 48000              # asked in turn, over and over (paper: 12K and 17K)
-    tries: int = 1                    # rollouts per query at most, until a valid one (paper: 1)
+    queries: int = 48000              # problems in turn, over and over (paper: 12K, 17K, each once)
     collect_order: str = "random"     # then the checker selects good *orders* (paper: "entropy")
     collect_temperature: float = 1.0  # explores the tokens (paper: low)
-    rollout_filter: str = "working"   # all must be right; "answer": as the paper; "none": a control
+    rollout_filter: str = "working"   # all must be right; "answer": as the paper; controls: "none"
+                                      # accepts every answer, "wrong" the wrong ones only
+    ranks: str = "recorded"           # "shuffled" in each response, or "reversed": controls
     reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
     # fine-tuning, the same for every arm
     updates: int = 400                # (paper: 5 epochs)
     batch_size: int = 64              # (paper: 32)
     learning_rate: float = 1e-4       # (paper: 2e-5, LoRA)
     warmup: int = 20                  # updates (paper: 50)
+    tuned_share: float = 1.0          # of the way from the base's weights to the tuned ones
     # trajectory masking and TABOM
     window_size: int = 13             # all pairs of the response (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats (paper: 0.1 to 0.3)
@@ -299,7 +302,7 @@ def is_valid(config, prompt, response):
     """Which rollouts of the new domain the checker keeps, by config.rollout_filter -> (B,) bool."""
     correct = is_correct(config.new_domain, prompt, response)
     working = working_is_right(config.new_domain, prompt, response)
-    return {"working": correct & working, "answer": correct,
+    return {"working": correct & working, "answer": correct, "wrong": ~correct,
             "none": torch.ones_like(correct)}[config.rollout_filter]
 
 
@@ -451,16 +454,37 @@ def results_table(results):
                   "pairs", "gap", "factors"], rows)
 
 
+# Student's t, 97.5 %, for 2, 3, .. 20 seeds: half of a 95 % interval in standard errors.
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
+         2.12, 2.11, 2.10, 2.09)
+
+
+def seed_interval(values):
+    """(seeds, ...) -> mean and the ends of its 95 % interval over seeds."""
+    mean, n = values.mean(0), len(values)
+    half = T_975[min(n, 20) - 2] * values.std(0) / n ** 0.5
+    return mean, mean - half, mean + half
+
+
 def summary_table(runs):
-    """Several seeds, [{arm: figures}] -> mean, standard deviation; TABOM minus each arm, paired."""
+    """Several seeds, [{arm: figures}] -> mean ± standard deviation of each arm; then TABOM minus
+    each arm, paired, mean [95 % interval over seeds]."""
     names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
     rows = {arm: torch.tensor([[float(results[arm][name]) for name in names] for results in runs])
             for arm in runs[0]}                 # (seeds, names)
+    lines = [[arm, *map("{:.2f} ± {:.2f}".format, row.mean(0), row.std(0))]
+             for arm, row in rows.items()]
     if "TABOM" in rows:
-        rows |= {f"TABOM - {arm}": rows["TABOM"] - row
-                 for arm, row in rows.items() if arm != "TABOM"}
-    return table(["arm", *names], [[arm, *map("{:.2f} ± {:.2f}".format, row.mean(0), row.std(0))]
-                                   for arm, row in rows.items()])
+        lines += [[f"TABOM - {arm}", *map("{:+.2f} [{:+.2f}, {:+.2f}]".format,
+                                          *seed_interval(rows["TABOM"] - row))]
+                  for arm, row in rows.items() if arm != "TABOM"]
+    return table(["arm", *names], lines)
+
+
+def claims_table(claims_of_runs):
+    """[[(claim, figure, held)]] of several seeds -> in how many of them each claim held."""
+    return "\n".join(f"    held in {sum(held for _, _, held in one)} of {len(one)}  {one[0][0]}"
+                     for one in zip(*claims_of_runs))
 
 
 def curves(by_arm):
@@ -481,31 +505,63 @@ def compare(arm, rival):
     return float(difference.mean()), float(low), float(high)
 
 
+def pass_at(solved):
+    """(problems, n) bool -> {k: percent of problems solved in k tries}, estimated from all n tries
+    as 1 - C(wrong, k) / C(n, k), for k = 1, 8, 64 as far as n goes."""
+    n, wrong = solved.shape[1], (~solved).sum(1).tolist()
+    return {k: sum(100 - 100 * math.comb(w, k) / math.comb(n, k) for w in wrong) / len(wrong)
+            for k in (1, 8, 64) if k <= n}
+
+
+def boundary(base, tuned):
+    """What the tuned model does where the base never succeeded, in words."""
+    beyond = [now for was, now in zip(base["per problem"], tuned["per problem"]) if was == 0]
+    rate = sum(beyond) / max(1, len(beyond))
+    return (f"    pass@k: No-SFT {in_brief(base['pass@k'])}; TABOM {in_brief(tuned['pass@k'])}\n"
+            f"    of {len(base['per problem'])} problems the base never solved {len(beyond)}; "
+            f"TABOM solves {sum(now > 0 for now in beyond)} of these, in {rate:.1f} % of its tries")
+
+
+def in_brief(by_k):
+    return ", ".join(f"{percent:.1f} (k={k})" for k, percent in by_k.items())
+
+
 def judge(results, leads, own_nll, reference_nll):
-    """The promises of the method, judged by the figures of one run: [(claim, held)].
+    """The claims of the paper, judged by the figures of one run: [(claim, figure, held)].
 
     results {arm: figures}; leads {arm: (mean, low, high)}, TABOM minus the arm in the new domain.
-    The limits, 15 points forgotten by SFT-GT and 2 by TABOM, are this demo's own.
+    The limits in points are this demo's own.
     """
     lost = {arm: results["No-SFT"]["old"] - row["old"] for arm, row in results.items()}
-    claims = [("references are less likely to the base than its own responses at all mask ratios",
+    gain = {arm: row["new"] - results["No-SFT"]["new"] for arm, row in results.items()}
+    claims = [("C1 references are less likely to the base than its own answers, at all mask ratios",
+               f"{own_nll[4]:.2f} against {reference_nll[4]:.2f} nats at 0.5",
                all(own < other for own, other in zip(own_nll, reference_nll)))]
     if "SFT-GT" in lost:
-        reference = lost["SFT-GT"]
-        claims.append((f"SFT-GT forgets 15 points or more ({reference:.1f})", reference >= 15))
-    if "TABOM" in lost:
-        tabom = lost["TABOM"]
-        claims.append((f"TABOM forgets 2 points or less ({tabom:.1f})", tabom <= 2))
+        claims.append(("C2 SFT-GT forgets 15 points or more", f"{lost['SFT-GT']:.1f}",
+                       lost["SFT-GT"] >= 15))
+    if "TABOM" not in results:
+        return claims
+    if "SFT-SD" in results:
+        claims.append(("C3 SFT-SD gains less than half of what TABOM gains",
+                       f"{gain['SFT-SD']:+.1f} against {gain['TABOM']:+.1f}",
+                       2 * gain["SFT-SD"] < gain["TABOM"]))
     for arm, lead in leads.items():
-        claims.append((f"TABOM is ahead of {arm} ({with_interval(*lead)})", lead[1] > 0))
-        if arm in ("No-SFT", "SFT-SD"):
+        tag = "C6" if arm == "trajectory" else "C4"
+        claims.append((f"{tag} TABOM is ahead of {arm}", with_interval(*lead), lead[1] > 0))
+    claims.append(("C5 TABOM forgets 2 points or less", f"{lost['TABOM']:.1f}", lost["TABOM"] <= 2))
+    for arm in ("No-SFT", "SFT-SD"):
+        if arm in results:
             raised = results["TABOM"]["TDS"] - results[arm]["TDS"]
-            claims.append((f"TABOM raises TDS over {arm} ({raised:+.2f})", raised > 0))
+            claims.append((f"C7 TABOM raises TDS over {arm}", f"{raised:+.2f}", raised > 0))
+    ahead = results["TABOM"]["2 tok"] - results["No-SFT"]["2 tok"]
+    claims.append(("C8 TABOM is 5 points or more ahead of No-SFT at 2 tokens per step",
+                   f"{ahead:+.1f}", ahead >= 5))
     return claims
 
 
 def report(results, answers, own_nll, reference_nll):
-    """The end of a run in text, and the claims it judges: [(claim, held)].
+    """The end of a run in text, and the claims it judges: [(claim, figure, held)].
 
     results {arm: figures}; answers {arm: (Trajectories, correct)}; nats by mask ratio (Fig. 3).
     """
@@ -518,11 +574,13 @@ def report(results, answers, own_nll, reference_nll):
         leads = {arm: compare(results["TABOM"], row) for arm, row in results.items()
                  if arm != "TABOM"}
         lines += ["\nThree answers that the base got wrong and TABOM right, then one the other way",
-                  differences(*answers["No-SFT"], *answers["TABOM"])]
+                  differences(*answers["No-SFT"], *answers["TABOM"]),
+                  "\nThe boundary of what the base can do", boundary(results["No-SFT"],
+                                                                     results["TABOM"])]
     claims = judge(results, leads, own_nll, reference_nll)
     lines += ["\nWhat this run shows (one seed: figures, no proof)",
-              *(f"    {'held        ' if held else 'did NOT hold'}  {claim}"
-                for claim, held in claims)]
+              *(f"    {'held        ' if held else 'did NOT hold'}  {claim}: {figure}"
+                for claim, figure, held in claims)]
     return "\n".join(lines), claims
 
 
