@@ -88,10 +88,8 @@ def require(fact, message):
     if not fact:
         raise ValueError(message)
 
-def require_whole(lowest, **settings):
-    for name, value in settings.items():
-        require(hasattr(value, "__index__") and value >= lowest,
-                f"{name} must be a whole number of at least {lowest}, not {value}.")
+def is_whole(value, lowest):
+    return hasattr(value, "__index__") and value >= lowest
 
 def rank_in_row(values):
     """(B, N) -> (B, N) int64: 0 for the smallest of a row; of equal ones the leftmost is first."""
@@ -110,9 +108,10 @@ def segment_masks(decode_rank, n_visible, window_size):
     In the paper these are U_t, M_t and Delta.  The window is the next `window_size` ranks, fewer at
     the end of a response, so that every rank, the last one included, falls into some window.
     """
-    per_row = [value for value in (n_visible, window_size) if isinstance(value, Tensor)]
-    require(all(value.shape == decode_rank.shape[:1] for value in per_row),
-            f"n_visible and window_size must be whole numbers or ({len(decode_rank)},) tensors.")
+    for name, value, lowest in (("n_visible", n_visible, 0), ("window_size", window_size, 1)):
+        require(value.shape == decode_rank.shape[:1] if isinstance(value, Tensor)
+                else is_whole(value, lowest), f"{name} must be a whole number of at least {lowest} "
+                f"or a tensor of the shape ({len(decode_rank)},).")
     n_visible, window_size = (value[:, None] if isinstance(value, Tensor) else value
                               for value in (n_visible, window_size))     # (B, 1) or int
     masked = (decode_rank >= 0) & (decode_rank >= n_visible)
@@ -215,9 +214,10 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
     else:
         require(order in ORDERS, f"order must be one of {', '.join(ORDERS)}, or a tensor.")
     block_length = response_length if block_length is None else block_length
-    require_whole(1, response_length=response_length, tokens_per_step=tokens_per_step,
-                  block_length=block_length)
-    require_whole(0, mask_id=mask_id)
+    for name, value, lowest in (("response_length", response_length, 1), ("mask_id", mask_id, 0),
+                                ("tokens_per_step", tokens_per_step, 1),
+                                ("block_length", block_length, 1)):
+        require(is_whole(value, lowest), f"{name} must be a whole number of at least {lowest}.")
     require(0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}.")
     require(prompt.dim() == 2 and prompt.dtype == torch.int64, "the prompt must be (B, L) int64.")
     require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
@@ -335,7 +335,6 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """
     require(margin >= 0 and rank_weight >= 0, "margin and rank_weight must be 0 or more, not "
             f"{margin} and {rank_weight}.")
-    require_whole(1, window_size=window_size)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     logits, tokens, decode_rank, window = window_at_cut(model, trajectories, n_visible, window_size,

@@ -631,14 +631,14 @@ def test_rows_do_not_wait_for_each_other():
     ({"order": None}, "order must be one of"),
     ({"order": torch.tensor([0.0, 1.0])}, "order tensor"),
     ({"order": torch.tensor([0.0, torch.inf, 1.0, 2.0, 3.0, 4.0])}, "order tensor"),
-    ({"response_length": 0}, "response_length must be a whole number of at least 1, not 0"),
-    ({"tokens_per_step": 0}, "tokens_per_step must be a whole number of at least 1, not 0"),
-    ({"block_length": 0}, "block_length must be a whole number of at least 1, not 0"),
-    ({"block_length": -2}, "block_length must be a whole number of at least 1, not -2"),
-    ({"tokens_per_step": 1.5}, "tokens_per_step must be a whole number of at least 1, not 1.5"),
-    ({"block_length": 2.0}, "block_length must be a whole number of at least 1, not 2.0"),
-    ({"mask_id": 4.5}, "mask_id must be a whole number of at least 0, not 4.5"),
-    ({"mask_id": -1}, "mask_id must be a whole number of at least 0, not -1"),
+    ({"response_length": 0}, "response_length must be a whole number of at least 1"),
+    ({"tokens_per_step": 0}, "tokens_per_step must be a whole number of at least 1"),
+    ({"block_length": 0}, "block_length must be a whole number of at least 1"),
+    ({"block_length": -2}, "block_length must be a whole number of at least 1"),
+    ({"tokens_per_step": 1.5}, "tokens_per_step must be a whole number of at least 1"),
+    ({"block_length": 2.0}, "block_length must be a whole number of at least 1"),
+    ({"mask_id": 4.5}, "mask_id must be a whole number of at least 0"),
+    ({"mask_id": -1}, "mask_id must be a whole number of at least 0"),
     ({"temperature": -0.5}, "temperature must be 0"),
     ({"temperature": math.inf}, "temperature must be 0"),
     ({"temperature": math.nan}, "temperature must be 0"),
@@ -1817,7 +1817,10 @@ def test_windows_without_limit_and_cuts_before_the_first_reveal():
     ranks = torch.tensor([[-1, 2, 0, 1]])
     _, masked, window = segment_masks(ranks, torch.tensor([1]), sys.maxsize)
     assert masked.tolist() == window.tolist() == [[False, True, False, True]]
-    assert segment_masks(ranks, -5, 2)[0].tolist() == [[True, False, False, False]]
+    assert segment_masks(ranks, torch.tensor([-5]), 2)[0].tolist() == [[True, False, False, False]]
+    for n_visible, window_size in ((-5, 2), (0, 0), (0, 2.0), (torch.zeros(2), 2)):
+        with pytest.raises(ValueError, match="must be a whole number of at least"):
+            segment_masks(ranks, n_visible, window_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

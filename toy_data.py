@@ -241,7 +241,7 @@ class Config:
     layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
     width: int = 96
     heads: int = 4
-    pretrain_updates: int = 4500      # until the old domains are nearly perfect; 3000 leave some weak
+    pretrain_updates: int = 4500      # until old domains are nearly perfect; 3000 leave some weak
     pretrain_batch: int = 128
     pretrain_learning_rate: float = 3e-3
     # self-distillation
