@@ -20,6 +20,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -643,6 +644,8 @@ def test_rows_do_not_wait_for_each_other():
     ({"temperature": math.inf}, "temperature must be 0"),
     ({"temperature": math.nan}, "temperature must be 0"),
     ({"prompt": torch.zeros(1, L)}, "the prompt must be"),
+    ({"prompt": torch.zeros(1, L, dtype=torch.int32)}, "the prompt must be"),
+    ({"order": "easiest", "block_length": 2}, "order must be one of"),
     ({"prompt": torch.zeros(L, dtype=torch.int64)}, "the prompt must be"),
     ({"valid": torch.ones(1, N)}, "valid must have the shape"),
     ({"prompt": torch.tensor([[0, MASK]])}, "the prompt contains mask_id"),
@@ -658,13 +661,14 @@ def test_decode_refuses_settings_out_of_range(setting, message):
     assert model.seen == []
 
 
+@pytest.mark.parametrize("order", tabom.ORDERS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_decode_refuses_logits_that_are_nan(bad):
+def test_decode_refuses_logits_that_are_nan(bad, order):
     """A diverged model stops the decoder instead of writing rubbish or never ending."""
     table = torch.zeros(N, V)
     table[3, 1] = bad
     with pytest.raises(ValueError, match="nan"):
-        decode(Scripted(table), prompts(2), N, mask_id=MASK)
+        decode(Scripted(table), prompts(2), N, mask_id=MASK, order=order, generator=seeded())
 
 
 # ==================================================================================================
@@ -1748,6 +1752,8 @@ def test_losses_never_wait_for_the_device(loss_fn, own):
     ({"response": torch.zeros(6, N)}, "must be int64"),
     ({"decode_rank": torch.zeros(6, N, dtype=torch.int32)}, "must be int64"),
     ({"entropy": torch.zeros(6, N, dtype=torch.int64)}, "entropy floating-point"),
+    ({"entropy": torch.zeros(6, N + 1)}, "prompt must be"),
+    ({"prompt": torch.zeros(6, L)}, "must be int64"),
 ])
 def test_trajectories_of_a_wrong_form_cannot_be_made(fields, message):
     """Shapes and dtypes are checked where the data are made, at no cost for the losses."""
@@ -1784,7 +1790,7 @@ def test_validate_finds_every_wrong_value(name, place, value, message):
     ("tabom", {"n_visible": torch.zeros(6, 1, dtype=torch.int64)}), ("tabom", {"margin": -0.1}),
     ("tabom", {"rank_weight": -1.0}),
     ("trajectory", {"window_size": -3}), ("nelbo", {"mask_ratio": 1.5}),
-    ("nelbo", {"mask_ratio": -0.1}), ("t3d", {"a": -1.0}),
+    ("nelbo", {"mask_ratio": -0.1}), ("t3d", {"a": -1.0}), ("t3d", {"b": -1.0}),
 ])
 def test_losses_refuse_settings_before_the_model_runs(name, setting):
     """One clear sentence, and no forward pass is wasted."""
@@ -1796,6 +1802,7 @@ def test_losses_refuse_settings_before_the_model_runs(name, setting):
 
 
 @pytest.mark.parametrize("output", [torch.zeros(6, L + N), torch.zeros(6, N, V),
+                                    torch.zeros(1, L + N, V),
                                     SimpleNamespace(logits=torch.zeros(6, L + N, V))])
 def test_a_model_of_another_form_is_named(output):
     """Logits of the response only, without a vocabulary, or in an object: one sentence says so."""
@@ -1853,6 +1860,87 @@ def test_extreme_temperatures_are_the_two_limits(temperature, spread):
                  temperature=temperature, generator=seeded()).response
     assert len(got.unique()) == spread and not (got == 0).any()
     assert spread > 1 or (got == 4).all()
+
+
+@pytest.mark.parametrize("order", ["entropy", "confidence", "margin"])
+def test_large_logits_are_measured_in_parts_that_fit_together(order):
+    """Whatever the size of a part, down to less than one position, the result is the same; bf16
+    logits are measured in float32."""
+    logits = torch.randn(3, N, V + 1, generator=seeded())
+    whole = tabom.entropy_and_difficulty(logits, MASK, order)
+    for size in (1, 18, 36, 72, 90):
+        parts = tabom.entropy_and_difficulty(logits, MASK, order, part_size=size)
+        assert all(map(torch.equal, parts, whole))
+    half = 8 * logits.bfloat16()
+    assert all(map(torch.equal, tabom.entropy_and_difficulty(half, MASK, order),
+                   tabom.entropy_and_difficulty(half.float(), MASK, order)))
+
+
+def test_sampling_is_done_in_float32():
+    """bf16 logits give the tokens that the same numbers give in float32."""
+    logits = torch.randn(500, V, generator=seeded()).bfloat16()
+    assert torch.equal(tabom.pick_tokens(logits, 0.7, seeded()),
+                       tabom.pick_tokens(logits.float(), 0.7, seeded()))
+
+
+def test_the_window_comes_in_reveal_order():
+    """window_at_cut: ranks cut, cut + 1, .. in the columns 0, 1, .."""
+    rank = torch.stack([torch.randperm(64, generator=seeded(row)) for row in range(4)])
+    tokens = torch.zeros(4, 64, dtype=torch.int64)
+    data = Trajectories(prompts(4), tokens, rank, tokens.float())
+    _, _, got, window = tabom.window_at_cut(lambda x: torch.zeros(*x.shape, V), data, 3, 20, MASK)
+    assert torch.equal(got, torch.arange(3, 23).expand(4, -1)) and window.all()
+
+
+def test_decoding_orders_may_have_gaps_and_any_integer_type():
+    """Step numbers need not be dense, int8 does not overflow, whole-number entropies are read."""
+    prompt, response = prompts(1), torch.zeros(1, 4, dtype=torch.int64)
+    for steps in ([[100, -1, 7, 0]], torch.tensor([[100, -1, 7, 0]], dtype=torch.int8)):
+        assert tabom.from_decoding_order(prompt, response, steps).decode_rank.tolist() == [
+            [2, -1, 1, 0]]
+    got = tabom.from_decoding_order(prompt, response, [[0, 0, 1, 1]], [[2, 1, 1, 0]])
+    assert got.decode_rank.tolist() == [[1, 0, 3, 2]]
+
+
+def test_decode_returns_its_own_tensors_and_takes_numpy_integers():
+    """Nothing to decode: a copy of what was given.  A numpy integer is a whole number."""
+    given = torch.zeros(2, N, dtype=torch.int64)
+    got = decode(TinyModel(), prompts(2), N, mask_id=MASK, given=given).response
+    assert torch.equal(got, given) and got.data_ptr() != given.data_ptr()
+    decode(TinyModel(), prompts(2), N, mask_id=MASK, tokens_per_step=np.int64(2))
+
+
+def test_padding_may_hold_any_token_of_the_vocabulary_or_mask():
+    """validate: [MASK] is right where nothing is ranked, an id beyond the vocabulary never is."""
+    data = random_trajectories()
+    data.response[data.decode_rank < 0] = MASK
+    tabom.validate(data, MASK, V)
+    for wrong, mask_id in ((V + 3, MASK), (V, V + 1)):
+        data.response[1, data.decode_rank[1].argmin()] = wrong
+        with pytest.raises(ValueError, match="outside"):
+            tabom.validate(data, mask_id, V)
+    data = random_trajectories()
+    data.entropy[0, 1] = math.inf
+    with pytest.raises(ValueError, match="entropy"):
+        tabom.validate(data, MASK, V)
+
+
+def test_the_reference_of_t3d_is_in_evaluation_mode():
+    """A frozen reference drops nothing out, whatever the model that trains does."""
+    assert not LaggedCopy(nn.Dropout().train()).frozen.training
+
+
+def test_arms_differ_by_their_loss():
+    """Each arm gets its own loss function with the settings of the configuration."""
+    config = SimpleNamespace(window_size=7, margin=0.3, rank_weight=1.5)
+    loss = {arm: tabom.arm_loss(arm, nn.Linear(1, 1), config) for arm in tabom.ARMS}
+    assert loss["SFT-GT"] is loss["SFT-SD"] is nelbo_loss and loss["dInfer"] is dinfer_loss
+    assert loss["T3D"].func is t3d_loss
+    assert isinstance(loss["T3D"].keywords["reference"], LaggedCopy)
+    assert loss["trajectory"].func is trajectory_loss
+    assert loss["trajectory"].keywords == {"window_size": 7}
+    assert loss["TABOM"].func is tabom_loss
+    assert loss["TABOM"].keywords == {"window_size": 7, "margin": 0.3, "rank_weight": 1.5}
 
 
 # ==================================================================================================
@@ -1950,6 +2038,8 @@ def test_pass_at_k_is_the_chance_that_one_of_k_tries_is_right():
     solved[0, :1], solved[1, [2, 4, 7]] = True, True
     got = toy_data.pass_at(solved)
     assert list(got) == [1, 8]
+    assert list(toy_data.pass_at(solved[:, :8])) == [1, 8]
+    assert close(toy_data.pass_at(solved[:, :8])[8], 200 / 3)            # at k = n: solved at all
     for k, value in got.items():
         tries = list(itertools.combinations(range(9), k))
         assert close(value, 100 * mean(mean(float(row[list(some)].any()) for some in tries)
@@ -1963,6 +2053,9 @@ def test_boundary_counts_what_the_base_never_solved():
     text = toy_data.boundary(base, tuned)
     assert "of 3 problems the base never solved 2" in text
     assert "solves 1 of these, in 25.0 % of its tries" in text
+    none = toy_data.boundary({"per problem": [50.0], "pass@k": {1: 50.0}},
+                             {"per problem": [100.0], "pass@k": {1: 100.0}})
+    assert "of 1 problems the base never solved 0" in none
 
 
 def test_controls_change_the_order_and_nothing_else():
@@ -1979,6 +2072,7 @@ def test_controls_change_the_order_and_nothing_else():
             expected = data.n_decoded[:, None] - 1 - data.decode_rank
             assert torch.equal(got.decode_rank[data.decode_rank >= 0],
                                expected[data.decode_rank >= 0])
+    assert all(len(got.decode_rank[:, i].unique()) > 2 for i in range(N))
     first = data.decode_rank[::3][got.decode_rank[::3] == 0]             # shuffled: any old rank
     assert len(first) == 67 and first.unique().tolist() == list(range(N))
 
@@ -2010,6 +2104,9 @@ def test_claims_follow_the_figures():
     assert [claim[:2] for claim, *_ in good] == ["C1", "C2", "C3", "C4", "C4", "C4", "C6", "C5",
                                                  "C7", "C7", "C8"]
     assert all(held for *_, held in good) and not any(held for *_, held in bad)
+    edge = judged((0, 0, 5, 5, 10), (98, 83, 97, 97, 96), (0.2, 0.2, 0.2, 0.2, 0.2),
+                  (5, 0, 5, 5, 10), 0.0, [0.1] * 9, [0.3] * 9)            # exactly at each limit
+    assert {claim[:2] for claim, _, held in edge if held} == {"C1", "C2", "C5", "C8"}
 
 
 def test_compare_is_paired():
