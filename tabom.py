@@ -684,18 +684,15 @@ def run_seed(config, seed, arms, device, bases):
     base = pretrained(config, seed, splits, device, bases)
     tests = {domain: parts[config.split][:config.test_problems].to(device)
              for domain, parts in splits.items()}
-
     stage("Why order matters: right answers of the base in percent, by order of decoding")
     by_order = {domain: [percent(take_test(base, domain, problems, config, seed, order=order)[1])
                          for order in toy_data.SHOWN_ORDERS.values()]
                 for domain, problems in tests.items()}
     say(toy_data.orders_table(new, by_order))
-
     stage("A trajectory: the base multiplies, the easiest position first (Eq. 2)")
     trajectory, _ = answer(base, "mul", tests["mul"][:1], None)
     entropies = [entropy[0] for _, _, entropy in replay(base, trajectory, mask_id=mask_id)]
     say(toy_data.draw_trajectory(trajectory, entropies))
-
     stage(f"Self-distillation (Def. 1): {config.queries} queries, {config.collect_order} order")
     queries = splits[new]["query"].to(device)
     distilled, reference, asked = self_distil(base, queries, config, seed)
@@ -709,7 +706,6 @@ def run_seed(config, seed, arms, device, bases):
                         generator=random_stream(seed, "masks", device))[0].item()
              for ratio in ratios] for data in (distilled, reference))
     say(toy_data.likelihood_table(ratios, own_nll, reference_nll))
-
     stage(f"Fine-tune: same base, same batch order, {config.updates} updates, last checkpoint")
     results, answers, tuned = {}, {}, None
     recorded = reorder(distilled, config.ranks, random_stream(seed, "collect", device))
@@ -727,7 +723,6 @@ def run_seed(config, seed, arms, device, bases):
             results[arm]["change"] = toy_data.compare(results[arm], results["No-SFT"])
         tuned = model.state_dict() if arm == "TABOM" else tuned
         say(f"    {arm:10}  new {results[arm]['new']:5.1f}  old {results[arm]['old']:5.1f}")
-
     text, claims = toy_data.report(results, answers, own_nll, reference_nll)
     say(text)
     return {"arms": results, "mask ratios": ratios, "self-distilled nll": own_nll,

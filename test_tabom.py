@@ -2006,6 +2006,18 @@ def test_seeds_arms_base_and_save(tmp_path, capsys):
         "again.json", "base.pt", "first.json", "more.json", "tuned.pt"]
 
 
+def test_tuned_share_leads_from_the_base_to_the_tuned_model(tmp_path):
+    """Almost none of the way is the base, all of it is what training gave."""
+    rows = {}
+    for share in ("1e-9", "1.0"):
+        path = tmp_path / f"{share}.json"
+        assert run("--demo", "--arms", "TABOM", "--json", str(path),
+                   settings=(*TINY, f"tuned_share={share}")) == 0
+        rows[share] = figures(path)["runs"]["0"]["arms"]
+    start, end = (abs(row["TABOM"]["TDS"] - row["No-SFT"]["TDS"]) for row in rows.values())
+    assert start < 1e-6 * rows["1.0"]["No-SFT"]["TDS"] < end
+
+
 def test_summary_is_mean_spread_and_paired_difference():
     """By hand: TABOM 12 and 20, SFT-SD 10 and 12, so the paired difference is 5 ± 4.24."""
     names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
