@@ -105,8 +105,8 @@ def segment_masks(decode_rank, n_visible, window_size):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
 
     decode_rank (B, N); n_visible and window_size: an int, or (B,) with one value per row.
-    In the paper these are U_t, M_t and Delta.  The window is the next `window_size` ranks, fewer at
-    the end of a response, so that every rank, the last one included, falls into some window.
+    U_t, M_t and Delta in the paper.  The window is the next `window_size` ranks, fewer at the end
+    of a response, so that every rank, the last one included, falls into some window.
     """
     for name, value, lowest in (("n_visible", n_visible, 0), ("window_size", window_size, 1)):
         require(value.shape == decode_rank.shape[:1] if isinstance(value, Tensor)
@@ -124,8 +124,7 @@ def response_logits(model, prompt, x_t, at=None):
     require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
     require(isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == tokens.shape,
-            f"the model must return a tensor of logits {(*tokens.shape, 'V')}; of an output object "
-            "with .logits, return these.")
+            f"the model must return a tensor of logits {(*tokens.shape, 'V')}: .logits of an output.")
     if at is None:
         return logits[:, prompt.shape[1]:]                               # (B, N, V)
     row_start = torch.arange(len(at), device=at.device)[:, None] * tokens.shape[1]
@@ -230,7 +229,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
     masked = response == mask_id                 # from here on tracked, not read off the tokens
     masked = masked if valid is None else masked & valid
     step_of = torch.full_like(response, -1)
-    entropy_at_reveal = torch.zeros(shape, device=device, dtype=torch.float32)
+    reveal_entropy = torch.zeros(shape, device=device, dtype=torch.float32)
     block = torch.arange(response_length, device=device) // block_length
     in_block = torch.zeros_like(response).index_add(1, block, masked.long())   # per row and block
     n_steps = -(-in_block // tokens_per_step)                            # rounded up
@@ -250,12 +249,10 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_p
         tokens = pick_tokens(ban_mask(logits, mask_id), temperature, generator)
         response = torch.where(chosen, response.scatter(1, at, tokens), response)
         step_of = step_of.masked_fill(chosen, step)
-        entropy_at_reveal = torch.where(chosen, entropy, entropy_at_reveal)
+        reveal_entropy = torch.where(chosen, entropy, reveal_entropy)
         masked = masked & ~chosen
-    require(entropy_at_reveal.isfinite().all() and not masked.any(),
-            "the model returned nan or +inf logits.")
-    return Trajectories(prompt, response, ranks_from_steps(step_of, entropy_at_reveal),
-                        entropy_at_reveal)
+    require(reveal_entropy.isfinite().all() and not masked.any(), "the logits were nan or +inf.")
+    return Trajectories(prompt, response, ranks_from_steps(step_of, reveal_entropy), reveal_entropy)
 
 # == 4. Training by the book: uniform masking (Eq. 1) ==============================================
 # Hide a random share of the response and predict it: the NELBO, negative evidence lower bound.  Any
@@ -288,10 +285,9 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
 
 # == 5. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: ideally the model visits a state with probability proportional to exp(-beta * sum of
-# the entropies its tokens had before they were revealed).  Fitting that needs a partition function
-# (beta goes into gamma and lambda below).
+# the entropies its tokens had before they were revealed).  Fitting that needs a partition function.
 # Comparing two states that differ in one token does not: if r was revealed before s, the state with
-# r should be the likelier one, so r should have the lower entropy (Lemma 1).
+# r should be the likelier, so r should have the lower entropy (Lemma 1).  gamma absorbs beta.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -333,8 +329,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     window_size in tokens; margin in nats; n_visible (B,): where to cut, by default drawn from
     0 .. n-1.  Raises ValueError for a setting out of range.  Returns loss, metrics.
     """
-    require(margin >= 0 and rank_weight >= 0, "margin and rank_weight must be 0 or more, not "
-            f"{margin} and {rank_weight}.")
+    require(margin >= 0 and rank_weight >= 0, "margin and rank_weight must be 0 or more.")
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     logits, tokens, decode_rank, window = window_at_cut(model, trajectories, n_visible, window_size,
@@ -401,7 +396,6 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
 
 class LaggedCopy:
     """A frozen copy of an nn.Module that catches up every `every` calls: the reference of T3D."""
-
     def __init__(self, model, every=10):
         self.model, self.frozen = model, copy.deepcopy(model).eval()
         self.every, self.calls = every, 0
@@ -418,10 +412,8 @@ class LaggedCopy:
 # model equally unsure of every position scores 0 and might as well decode at random.
 
 def trajectory_discrimination_score(entropy, masked):
-    """Eq. 10: population variance over masked positions: (B, N), (B, N) bool -> (B,), nats squared.
-
-    0 for a state with fewer than two masked positions.
-    """
+    """Eq. 10: population variance over masked positions, (B, N), (B, N) bool -> (B,) in nats
+    squared; 0 for a state with fewer than two."""
     mean = row_mean(entropy, masked)[:, None]
     return row_mean((entropy - mean) ** 2, masked)
 
@@ -485,7 +477,6 @@ import os
 import sys
 import time
 from functools import partial
-
 from torch import nn
 from tqdm import tqdm
 
@@ -500,7 +491,6 @@ except ModuleNotFoundError:      # this file was copied alone: all but the demo 
 
 class Denoiser(nn.Module):
     """tokens (B, L+N) int64 -> logits (B, L+N, V).  [MASK] is token V, an input without output."""
-
     def __init__(self, vocabulary_size, length, layers, width, heads):
         super().__init__()
         self.token = nn.Embedding(vocabulary_size + 1, width)
@@ -527,16 +517,13 @@ def random_stream(seed, purpose, device="cpu"):
     purposes = ("batches", "masks", "collect", "references", "evaluate")
     return torch.Generator(device).manual_seed(len(purposes) * seed + purposes.index(purpose))
 
-def progress(steps, label):
-    """A bar on stderr for what takes longer than two seconds, if it is a terminal."""
-    return tqdm(steps, desc=label, leave=False, delay=2, disable=None)
+# A bar on stderr for what takes longer than two seconds, if it is a terminal.
+progress = partial(tqdm, leave=False, delay=2, disable=None)
 
 def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, seed, label,
           weight=None, loss_lines=0):
     """AdamW with warm-up, cosine decay and clipping -> the model, trained in place.
-
-    weight (n,): odds of drawing each row; loss_lines: how many lines to print on the way.
-    """
+    weight (n,): odds of drawing each row; loss_lines: how many lines to print on the way."""
     device = data.response.device
     batches, masks = random_stream(seed, "batches"), random_stream(seed, "masks", device)
     weight = torch.ones(len(data)) if weight is None else weight
@@ -594,10 +581,7 @@ def answer(model, domain, problems, generator, **settings):
     return answers, toy_data.is_correct(domain, answers.prompt, answers.response)
 
 def self_distil(base, problems, config, seed):
-    """Def. 1 -> distilled, reference: Trajectories; asked: the problem of each row.
-
-    Row i of the reference solves the same problem as row i of the distilled ones.
-    """
+    """Def. 1 -> distilled, reference: Trajectories; asked: the problem of each row in both."""
     asked = torch.arange(config.queries, device=problems.device) % len(problems)
     rollouts, _ = answer(base, config.new_domain, problems[asked],
                          random_stream(seed, "collect", problems.device),
@@ -750,9 +734,7 @@ def demo(options):
         if options.json:
             toy_data.write_report(options.json, config, seeds, options.quick, hardware, runs)
     if len(runs) > 1:
-        say(f"\nMean ± standard deviation of {len(runs)} seeds; paired differences: 95 % interval")
-        say(toy_data.summary_table([run["arms"] for run in runs.values()]))
-        say(toy_data.claims_table([run["claims"] for run in runs.values()]))
+        say(toy_data.report_of_seeds(runs.values()))
     say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes on {hardware}.")
 
 def main(arguments=None):

@@ -487,6 +487,14 @@ def claims_table(claims_of_runs):
                      for one in zip(*claims_of_runs))
 
 
+def report_of_seeds(runs):
+    """What `run_seed` gave for several seeds -> both tables as text."""
+    runs = list(runs)
+    title = f"\nMean ± standard deviation of {len(runs)} seeds; paired differences: 95 % interval"
+    return (title + "\n" + summary_table([run["arms"] for run in runs]) + "\n"
+            + claims_table([run["claims"] for run in runs]))
+
+
 def curves(by_arm):
     """{arm: numbers from 0 up} -> a line of block characters for each, on one scale."""
     top = max(max(values) for values in by_arm.values()) or 1.0
