@@ -124,7 +124,7 @@ def response_logits(model, prompt, x_t, at=None):
     require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
     require(isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == tokens.shape,
-            f"the model must return a tensor of logits {(*tokens.shape, 'V')}: .logits of an output.")
+            f"the model must return a tensor of logits {(*tokens.shape, 'V')} (output.logits).")
     if at is None:
         return logits[:, prompt.shape[1]:]                               # (B, N, V)
     row_start = torch.arange(len(at), device=at.device)[:, None] * tokens.shape[1]
