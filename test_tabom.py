@@ -2205,6 +2205,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_the_orders_to_collect_in_are_those_of_decode():
+    """toy_data.py cannot import tabom.py, so the names stand twice; they must stay the same."""
+    assert toy_data.CHOICES["collect_order"] == tabom.ORDERS
+
+
 def test_the_file_stands_alone(tmp_path):
     """tabom.py copied without toy_data.py can be imported and used."""
     shutil.copy(tabom.__file__, tmp_path)
@@ -2212,6 +2217,10 @@ def test_the_file_stands_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0 and float(done.stdout) == pytest.approx(math.log(2))
+    done = subprocess.run([sys.executable, "tabom.py", "--demo"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "tabom.py: toy_data.py is missing; it belongs beside tabom.py.\n"
 
 
 def test_the_denoiser_sees_both_sides_and_cannot_write_a_mask():
