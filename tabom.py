@@ -581,19 +581,23 @@ def answer(model, domain, problems, generator, **settings):
     return answers, toy_data.is_correct(domain, answers.prompt, answers.response)
 
 def self_distil(base, problems, config, seed):
-    """Def. 1 -> distilled, reference: Trajectories; asked: the problem of each row in both."""
-    asked = torch.arange(config.queries, device=problems.device) % len(problems)
-    rollouts, _ = answer(base, config.new_domain, problems[asked],
+    """Def. 1 -> the answers the checker keeps (Trajectories), and the problem of each (n, 2)."""
+    asked = problems[torch.arange(config.queries, device=problems.device) % len(problems)]
+    rollouts, _ = answer(base, config.new_domain, asked,
                          random_stream(seed, "collect", problems.device),
                          temperature=config.collect_temperature, order=config.collect_order)
     keep = toy_data.is_valid(config, rollouts.prompt, rollouts.response)
-    distilled, asked = rollouts[keep], asked[keep]
-    if len(distilled) < 16:
-        raise DemoError(f"only {len(distilled)} of {config.queries} rollouts are valid, too few to "
+    if keep.sum() < 16:
+        raise DemoError(f"only {keep.sum()} of {config.queries} rollouts are valid, too few to "
                         "train on: raise pretrain_updates or queries with --set.")
-    reference = toy_data.write_references(config.new_domain, problems[asked], config.reference_hand,
-                                          random_stream(seed, "references"))
-    return distilled, as_trajectories(*reference), asked
+    return rollouts[keep], asked[keep]
+
+def training_data(arm, distilled, asked, config, seed):
+    """What an arm trains on, row by row for the same problems -> Trajectories."""
+    if arm == "SFT-GT":
+        return as_trajectories(*toy_data.write_references(
+            config.new_domain, asked, config.reference_hand, random_stream(seed, "references")))
+    return reorder(distilled, config.ranks, random_stream(seed, "collect", asked.device))
 
 # == 13. Evaluation ================================================================================
 # Always the last checkpoint.  A new domain of few prompts with many right answers is sampled many
@@ -632,6 +636,7 @@ def evaluate(model, tests, held_out, config, seed):
         "2 tok": percent(two_tokens), "TDS": score[counted].mean().item(),
         "pairs": 100 * metrics["pair_accuracy"].item(),
         "gap": percent(best_order) - percent(correct),
+        "turn": 1 + answers.decode_rank[:, toy_data.FACTOR].float().mean().item(),
         "factors": factors, "effective": effective,
         "TDS curve": curve[counted.any(0)].tolist(),
         "per problem": [percent(samples) for samples in correct.split(config.samples)],
@@ -679,34 +684,36 @@ def run_seed(config, seed, arms, device, bases):
     say(toy_data.draw_trajectory(trajectory, entropies))
     stage(f"Self-distillation (Def. 1): {config.queries} queries, {config.collect_order} order")
     queries = splits[new]["query"].to(device)
-    distilled, reference, asked = self_distil(base, queries, config, seed)
-    in_training = asked % 8 > 0                  # the answers to every eighth problem are held out
-    say(f"    {len(distilled)} answers kept, {in_training.sum()} of them to train on\n"
+    distilled, asked = self_distil(base, queries, config, seed)
+    reference = training_data("SFT-GT", distilled, asked, config, seed)
+    held_out = (asked[:, None] == queries[::8]).all(2).any(1)            # every eighth problem
+    say(f"    {len(distilled)} answers kept, {(~held_out).sum()} of them to train on\n"
         "    how unlikely responses are to the base: nats per masked token, by share (Fig. 3)")
     ratios = [ratio / 10 for ratio in range(1, 10)]
     with torch.no_grad():
         own_nll, reference_nll = (
-            [nelbo_loss(base, data[~in_training], mask_id=mask_id, mask_ratio=ratio,
+            [nelbo_loss(base, data[held_out], mask_id=mask_id, mask_ratio=ratio,
                         generator=random_stream(seed, "masks", device))[0].item()
              for ratio in ratios] for data in (distilled, reference))
     say(toy_data.likelihood_table(ratios, own_nll, reference_nll))
     stage(f"Fine-tune: same base, same batch order, {config.updates} updates, last checkpoint")
     results, answers, tuned = {}, {}, None
-    recorded = reorder(distilled, config.ranks, random_stream(seed, "collect", device))
-    for arm in ("No-SFT", *arms):
+    for name in dict.fromkeys(("No-SFT", *arms)):
+        arm, own = toy_data.read_arm(name, config, ARMS)                 # its own settings
         model = copy.deepcopy(base)
-        if arm in arms:
-            data = reference if arm == "SFT-GT" else recorded
-            train(model, data[in_training], arm_loss(arm, model, config), updates=config.updates,
-                  batch_size=config.batch_size, learning_rate=config.learning_rate,
-                  warmup=config.warmup, seed=seed, label=arm)
+        if arm != "No-SFT":
+            rows = ~held_out & toy_data.has_common_factor(distilled.response, own.common_factors)
+            data = training_data(arm, distilled, asked, own, seed)[rows]
+            train(model, data, arm_loss(arm, model, own), updates=own.updates,
+                  batch_size=own.batch_size, learning_rate=own.learning_rate,
+                  warmup=own.warmup, seed=seed, label=name)
             for weight, start in zip(model.parameters(), base.parameters()):
-                weight.data.lerp_(start.data, 1 - config.tuned_share)
-        results[arm], answers[arm] = evaluate(model, tests, distilled[~in_training], config, seed)
-        if arm in arms:
-            results[arm]["change"] = toy_data.compare(results[arm], results["No-SFT"])
-        tuned = model.state_dict() if arm == "TABOM" else tuned
-        say(f"    {arm:10}  new {results[arm]['new']:5.1f}  old {results[arm]['old']:5.1f}")
+                weight.data.lerp_(start.data, 1 - own.tuned_share)
+        results[name], answers[name] = evaluate(model, tests, distilled[held_out], own, seed)
+        if name != "No-SFT":
+            results[name]["change"] = toy_data.compare(results[name], results["No-SFT"])
+        tuned = model.state_dict() if name == "TABOM" else tuned
+        say(f"    {name:20}  new {results[name]['new']:5.1f}  old {results[name]['old']:5.1f}")
     text, claims = toy_data.report(results, answers, own_nll, reference_nll)
     say(text)
     return {"arms": results, "mask ratios": ratios, "self-distilled nll": own_nll,
@@ -719,7 +726,9 @@ def demo(options):
     """Check everything first, then run the seeds; all files are written anew after each."""
     config = toy_data.make_config(options.set, options.quick)
     toy_data.check_options(options)
-    arms, seeds = [arm for arm in ARMS if arm in options.arms], options.seeds
+    arms, seeds = options.arms, options.seeds
+    for name in arms:
+        toy_data.read_arm(name, config, ARMS)    # a wrong name or setting is reported here
     bases = toy_data.load_models(options.base, config) if os.path.exists(options.base or "") else {}
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

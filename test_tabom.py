@@ -1976,9 +1976,10 @@ def test_the_whole_demo_runs_and_repeats_itself(new_domain, tmp_path, capsys):
     assert texts[0] == texts[1]
     report = figures(tmp_path / "one.json")
     assert report == figures(tmp_path / "two.json")
-    assert list(report["runs"]["0"]["arms"]) == ["No-SFT", *tabom.ARMS]
+    arms = ["No-SFT", *tabom.ARMS, toy_data.CONTROL]
+    assert list(report["runs"]["0"]["arms"]) == arms
     assert report["config"]["new_domain"] == new_domain and report["seeds"] == [0]
-    for arm in ("No-SFT", *tabom.ARMS):
+    for arm in arms:
         row = report["runs"]["0"]["arms"][arm]
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
         assert f"\n    {arm}" in texts[0]
@@ -1999,11 +2000,39 @@ def test_seeds_arms_base_and_save(tmp_path, capsys):
     text, more = capsys.readouterr().out, figures(reports[2])
     assert more["runs"]["0"] == figures(reports[0])["runs"]["0"]           # seeds do not interfere
     assert more["runs"]["3"] != more["runs"]["0"]
-    assert list(more["runs"]["0"]["arms"]) == ["No-SFT", "SFT-SD", "TABOM"]
+    assert list(more["runs"]["0"]["arms"]) == ["No-SFT", "TABOM", "SFT-SD"]
     assert "TABOM - SFT-SD" in text and "of 2 seeds" in text
     assert run("--demo", *arms, "--base", saved) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "again.json", "base.pt", "first.json", "more.json", "tuned.pt"]
+
+
+def test_an_arm_with_its_own_settings_is_the_arm_of_a_run_with_these_settings(tmp_path):
+    """NAME:SETTING=VALUE gives what --set gives; other arms of the run do not notice it."""
+    names = ("TABOM:window_size=2,updates=5", "TABOM:ranks=reversed", "SFT-GT:reference_hand=own",
+             "No-SFT:temperature=0.5", "SFT-SD:tuned_share=0.5,learning_rate=0.01", "TABOM")
+    path = tmp_path / "x.json"
+    assert run("--demo", "--arms", *names, "--json", str(path)) == 0
+    together = figures(path)["runs"]["0"]["arms"]
+    assert list(together) == ["No-SFT", *names]
+    for name in names:
+        arm, _, settings = name.partition(":")
+        overrides = settings.split(",") if settings else []
+        assert run("--demo", "--arms", arm, "--json", str(path), settings=(*TINY, *overrides)) == 0
+        alone = figures(path)["runs"]["0"]["arms"][arm]
+        assert {**alone, "change": None} == {**together[name], "change": None}
+    assert len({row["TDS"] for row in together.values()}) == len(together)
+
+
+def test_the_turn_of_the_factor(tmp_path, monkeypatch):
+    """Mean turn of the two digits of the factor, counted from 1; 0 in mul, where they are given."""
+    path = tmp_path / "x.json"
+    monkeypatch.setitem(toy_data.MUL, "collect_order", "random")
+    for domain, lowest, highest in (("blank", 1.5, 11.5), ("mul", 0, 0)):
+        assert run("--demo", "--arms", "SFT-SD", "--json", str(path),
+                   settings=(*TINY, f"new_domain={domain}")) == 0
+        turn = figures(path)["runs"]["0"]["arms"]["SFT-SD"]["turn"]
+        assert lowest <= turn <= highest
 
 
 def test_tuned_share_leads_from_the_base_to_the_tuned_model(tmp_path):
@@ -2019,13 +2048,17 @@ def test_tuned_share_leads_from_the_base_to_the_tuned_model(tmp_path):
 
 
 def test_summary_is_mean_spread_and_paired_difference():
-    """By hand: TABOM 12 and 20, SFT-SD 10 and 12, so the paired difference is 5 ± 4.24."""
-    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
+    """By hand: TABOM 12 and 20, SFT-SD 10 and 12, so the paired difference is 5 ± 4.24; each is
+    compared with No-SFT too, and nothing with itself."""
+    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "turn", "factors", "effective")
     runs = [{arm: dict.fromkeys(names, float(value)) for arm, value in values.items()}
-            for values in ({"SFT-SD": 10, "TABOM": 12}, {"SFT-SD": 12, "TABOM": 20})]
+            for values in ({"No-SFT": 2, "SFT-SD": 10, "TABOM": 12},
+                           {"No-SFT": 2, "SFT-SD": 12, "TABOM": 20})]
     rows = {line.strip().split("  ")[0]: line for line in toy_data.summary_table(runs).splitlines()}
     assert "11.00 ± 1.41" in rows["SFT-SD"] and "16.00 ± 5.66" in rows["TABOM"]
     assert "+5.00 [-33.13, +43.13]" in rows["TABOM - SFT-SD"]            # 12.71 * 4.24 / sqrt(2)
+    assert "+9.00 [-3.71, +21.71]" in rows["SFT-SD - No-SFT"] and "+14.00" in rows["TABOM - No-SFT"]
+    assert len(rows) == 1 + 3 + 2 + 1
 
 
 def test_interval_over_seeds_is_students_t():
@@ -2100,25 +2133,59 @@ def test_filters_keep_what_they_say():
         assert toy_data.is_valid(config, prompt, response).tolist() == expected
 
 
+def test_common_factors():
+    """The commonest stay, of equal ones the smaller; 100 keeps all, what is no number too."""
+    text = ["85=3995235376"] * 3 + ["12=0564094047"] * 2 + ["47=0000000000", "9=85=39952353"]
+    response = torch.tensor([toy_data.encode(line) for line in text])
+    for count, expected in ((1, [1] * 3 + [0] * 4), (2, [1] * 5 + [0] * 2), (100, [1] * 7)):
+        assert toy_data.has_common_factor(response, count).tolist() == [bool(x) for x in expected]
+
+
 def test_claims_follow_the_figures():
     """A claim is judged by the figures: turn them round and every judgement turns."""
-    def judged(new, old, tds, two, low, own, other):
+    def judged(new, old, tds, two, low, own, other, solved=(0.0, 3.0)):
         names = ("No-SFT", "SFT-GT", "SFT-SD", "trajectory", "TABOM")
         results = {arm: dict(zip(("new", "old", "TDS", "2 tok"), row))
                    for arm, *row in zip(names, new, old, tds, two)}
         leads = {arm: (low + 1, low, low + 2) for arm in names[:-1]}
+        results["No-SFT"]["per problem"], results["TABOM"]["per problem"] = (0.0, 0.0), solved
         return toy_data.judge(results, leads, own, other)
     good = judged((5, 0, 10, 10, 50), (98, 60, 97, 97, 97), (0.2, 0.2, 0.2, 0.2, 0.3),
                   (5, 0, 5, 5, 40), 5.0, [0.1] * 9, [0.3] * 9)
     bad = judged((5, 0, 10, 10, 12), (98, 90, 97, 97, 95), (0.2, 0.2, 0.2, 0.2, 0.1),
-                 (5, 0, 5, 5, 9), -0.1, [0.1] * 8 + [0.4], [0.3] * 9)
+                 (5, 0, 5, 5, 9), -0.1, [0.1] * 8 + [0.4], [0.3] * 9, (0.0, 0.0))
     assert [claim for claim, *_ in good] == [claim for claim, *_ in bad]
-    assert [claim[:2] for claim, *_ in good] == ["C1", "C2", "C3", "C4", "C4", "C4", "C6", "C5",
-                                                 "C7", "C7", "C8"]
+    assert [claim.split()[0] for claim, *_ in good] == [
+        "C1", "C2", "C3", "C4", "C4", "C4", "C5", "C5", "C6", "C7", "C7", "C8", "C12"]
     assert all(held for *_, held in good) and not any(held for *_, held in bad)
     edge = judged((0, 0, 5, 5, 10), (98, 83, 97, 97, 96), (0.2, 0.2, 0.2, 0.2, 0.2),
                   (5, 0, 5, 5, 10), 0.0, [0.1] * 9, [0.3] * 9)            # exactly at each limit
-    assert {claim[:2] for claim, _, held in edge if held} == {"C1", "C2", "C5", "C8"}
+    assert [claim.split()[0] for claim, _, held in edge if held] == ["C1", "C2", "C5", "C8", "C12"]
+
+
+def test_claims_about_variants_follow_the_figures():
+    """C9: the best window is inside of the sweep; C10: all gain; C11: without the order less than
+    half of the gain is left; C6: a gain that costs as much in the old domains is none."""
+    def judged(**new):
+        results = {arm: {"new": value, "old": 90.0, "TDS": 0.0, "2 tok": 0.0, "per problem": [1.0]}
+                   for arm, value in new.items()}
+        results["trajectory"]["old"] = new["trajectory"] + 90
+        leads = {arm: (5.0, 4.0, 6.0) for arm in results if arm != "TABOM"}
+        claims = toy_data.judge(results, leads, [0.1] * 9, [0.3] * 9)
+        return {tag: held for claim, _, held in claims
+                if (tag := claim.split()[0]) in ("C6", "C9", "C10", "C11")}
+
+    def windows(*new):
+        return dict(zip((f"TABOM:window_size={size}" for size in (2, 4, 13)), new))
+    base = {"No-SFT": 10, "trajectory": 3.9, "TABOM": 50}
+    grid = {"TABOM:margin=0.1": 11, "TABOM:rank_weight=1,margin=0.1": 12}
+    control = {"TABOM:ranks=shuffled": 29}
+    assert judged(**base, **windows(20, 40, 30), **grid, **control) == {
+        "C6": True, "C9": True, "C10": True, "C11": True}
+    bad = {"No-SFT": 10, "trajectory": 4.1, "TABOM": 50, "TABOM:ranks=shuffled": 31}
+    for new in ((20, 40, 50), (40, 20, 30)):
+        assert judged(**bad, **windows(*new), **{**grid, "TABOM:margin=0.1": 9}) == {
+            "C6": False, "C9": False, "C10": False, "C11": False}
 
 
 def test_compare_is_paired():
@@ -2141,6 +2208,12 @@ def test_compare_is_paired():
     (["--demo", "--set", "width=95"], "multiple of heads"),
     (["--demo", "--set", "queries=64", "--set", "rollout_filter=working"], "rollouts are valid"),
     (["--demo", "--arms", "SFT-SD", "--save", "{}/x.pt"], "--save"),
+    (["--demo", "--arms", "SFT-XX"], "no arm 'SFT-XX', only No-SFT, SFT-GT"),
+    (["--demo", "--arms", "TABOM", "SFT-XX:margin=1"], "no arm 'SFT-XX'"),
+    (["--demo", "--arms", "TABOM:colour=red"], "no setting 'colour'"),
+    (["--demo", "--arms", "TABOM:margin=-1"], "margin must be"),
+    (["--demo", "--arms", "TABOM:margin"], "margin: '' is no float"),
+    (["--demo", "--arms", "TABOM:queries=7"], "queries is the same for all, use --set"),
     (["--demo", "--json", "{}/missing/x.json"], "cannot be written"),
     (["--demo", "--base", "{}"], "cannot be written"),
     (["--demo", "--base", "{}/x.pt", "--save", "{}/x.pt"], "name two files"),
@@ -2168,9 +2241,9 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, says, tmp_path, ca
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [["--arms", "SFT-XX"], ["--device", "tpu"], ["--seeds", "x"]])
+@pytest.mark.parametrize("arguments", [["--arms"], ["--device", "tpu"], ["--seeds", "x"]])
 def test_argparse_refuses_the_rest(arguments, capsys):
-    """An unknown arm, device or seed also ends with exit code 2 and names what is allowed."""
+    """No arm, an unknown device or seed also ends with exit code 2 and names what is allowed."""
     with pytest.raises(SystemExit) as stop:
         tabom.main(["--demo", *arguments])
     assert stop.value.code == 2 and "error: argument " + arguments[0] in capsys.readouterr().err
@@ -2286,7 +2359,9 @@ def test_the_settings_and_flags_of_the_readme_exist():
     """No command in the README names a flag or a setting that the program does not have."""
     for command in re.findall(r"python tabom\.py[^`\n|&]*", README):
         options = toy_data.parse_arguments(command.split()[2:], tabom.ARMS, "")
-        toy_data.make_config(options.set, options.quick)
+        config = toy_data.make_config(options.set, options.quick)
+        for name in options.arms:
+            toy_data.read_arm(name, config, tabom.ARMS)
 
 
 # ==================================================================================================

@@ -36,7 +36,7 @@ import os
 import pickle
 import platform
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +173,13 @@ def count_factors(response, decode_rank):
     return int((share > 0).sum()), torch.special.entr(share).sum().exp().item()
 
 
+def has_common_factor(response, count):
+    """(B, 13) -> (B,) bool: is its factor one of the `count` commonest of these responses?"""
+    factors = read_number(response[:, FACTOR]).clamp(min=0)              # 0: no number at all
+    commonest = factors.bincount().argsort(descending=True, stable=True)[:count]
+    return torch.isin(factors, commonest)
+
+
 def all_problems(domain):
     """Every problem of a domain, (n, 2).  In blank the second number is a place-holder: 0."""
     first, second = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10, 100)).unbind(1)
@@ -222,6 +229,10 @@ CHOICES = {"new_domain": ("blank", "mul"), "rollout_filter": ("working", "answer
            "ranks": ("recorded", "shuffled", "reversed"),
            "collect_order": ("entropy", "confidence", "margin", "random"),
            "reference_hand": ("own", "other"), "split": ("validation", "test")}
+SETTINGS_OF_AN_ARM = ("ranks", "common_factors", "reference_hand", "updates", "batch_size",
+                      "learning_rate", "warmup", "tuned_share", "window_size", "margin",
+                      "rank_weight", "temperature")
+CONTROL = "TABOM:ranks=shuffled"    # runs beside the arms: TABOM without what the order says
 MAY_BE_ZERO = ("collect_temperature", "margin", "rank_weight", "temperature")
 # What is different when multiplication itself is the new domain, and in a --quick run.
 MUL = dict(queries=16000, collect_order="entropy", window_size=4, margin=0.2,
@@ -251,6 +262,7 @@ class Config:
     rollout_filter: str = "working"   # all must be right; "answer": as the paper; controls: "none"
                                       # accepts every answer, "wrong" the wrong ones only
     ranks: str = "recorded"           # "shuffled" in each response, or "reversed": controls
+    common_factors: int = 100         # train on the so many commonest factors only; 100: on all
     reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
     # fine-tuning, the same for every arm
     updates: int = 400                # (paper: 5 epochs)
@@ -259,13 +271,13 @@ class Config:
     warmup: int = 20                  # updates (paper: 50)
     tuned_share: float = 1.0          # of the way from the base's weights to the tuned ones
     # trajectory masking and TABOM
-    window_size: int = 13             # all pairs of the response (paper: 32 of 256)
-    margin: float = 1.0               # gamma, nats (paper: 0.1 to 0.3)
+    window_size: int = 6              # half of the 12 that are decoded (paper: 32 of 256)
+    margin: float = 2.0               # gamma, nats (paper: 0.1 to 0.3); raises TDS, 1.0 does not
     rank_weight: float = 2.0          # lambda (paper: 1 and 2); more gains more, on fewer factors
     # evaluation
     split: str = "test"               # "validation" for tuning
     test_problems: int = 400          # per domain at most
-    samples: int = 32                 # answers per problem of the new domain: blank has few
+    samples: int = 64                 # answers per problem of the new domain: blank has few
     temperature: float = 1.0          # of those answers; the old domains are answered greedily
 
     def __post_init__(self):
@@ -284,16 +296,35 @@ class Config:
                 if name in ("new_domain", "layers", "width", "heads") or "pretrain_" in name}
 
 
-def make_config(overrides, quick):
-    """["name=value", ...] -> Config, on top of the recipe of the new domain."""
+def read_settings(overrides):
+    """["name=value", ...] -> {name: value}, of the kind that Config has there."""
     kinds, values = {field.name: type(field.default) for field in fields(Config)}, {}
     for name, _, text in (override.partition("=") for override in overrides):
         if name not in kinds:
-            raise DemoError(f"--set: there is no setting {name!r}, only {', '.join(kinds)}.")
+            raise DemoError(f"there is no setting {name!r}, only {', '.join(kinds)}.")
         try:
             values[name] = kinds[name](text)
         except ValueError as error:
-            raise DemoError(f"--set {name}: {text!r} is no {kinds[name].__name__}.") from error
+            raise DemoError(f"{name}: {text!r} is no {kinds[name].__name__}.") from error
+    return values
+
+
+def read_arm(name, config, arms):
+    """"TABOM:margin=0.3,window_size=4" -> "TABOM", and config with these settings."""
+    arm, _, overrides = name.partition(":")
+    if arm not in ("No-SFT", *arms):
+        raise DemoError(f"--arms: there is no arm {arm!r}, only No-SFT, {', '.join(arms)}.")
+    settings = read_settings(overrides.split(",") if overrides else [])
+    for setting in settings:
+        if setting not in SETTINGS_OF_AN_ARM:
+            raise DemoError(f"--arms {name}: an arm can change {', '.join(SETTINGS_OF_AN_ARM)}; "
+                            f"{setting} is the same for all, use --set.")
+    return arm, replace(config, **settings)
+
+
+def make_config(overrides, quick):
+    """["name=value", ...] -> Config, on top of the recipe of the new domain."""
+    values = read_settings(overrides)
     recipe = MUL if values.get("new_domain") == "mul" else {}
     return Config(**{**recipe, **(QUICK if quick else {}), **values})
 
@@ -315,7 +346,8 @@ def parse_arguments(arguments, arms, description):
     add("--quick", action="store_true", help="the same in about a minute, only to see that it runs")
     add("--seeds", type=int, nargs="+", default=[0], metavar="SEED",
         help="each is a base, problems and batches of its own")
-    add("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help=" ".join(arms))
+    add("--arms", nargs="+", default=[*arms, CONTROL], metavar="ARM", help="any of "
+        f"{' '.join(arms)}, or one with settings of its own: TABOM:margin=0.3,window_size=4")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="a field of toy_data.Config")
@@ -394,9 +426,10 @@ EXPLANATION = """\
     TDS      variance of the entropies of what is still masked, nats²: is easy told from hard?
     pairs    held-out window pairs whose entropies are in reveal order; chance is 50
     gap      best order minus entropy order, new domain: what a better order could still bring
+    turn     when the two digits of the factor were written, mean, from 1 to 12; 0: they were given
     factors  different second factors chosen, and (exp of the entropy of the choice) how many they
              amount to: a collapse to a few safe ones is a price, not a gain
-    In percent but for TDS and factors.  Higher is better but for gap.
+    In percent but for TDS, turn and factors.  Higher is better but for gap and turn.
 """
 
 
@@ -449,9 +482,10 @@ def results_table(results):
         change = with_interval(*row["change"]) if arm != "No-SFT" else ""
         rows.append([arm, row["new"], change, *(row[domain] for domain in old), row["old"],
                      f"{row['old'] - base['old']:+.1f}", row["2 tok"], f"{row['TDS']:.2f}",
-                     row["pairs"], row["gap"], f"{row['factors']} ({row['effective']:.0f})"])
+                     row["pairs"], row["gap"], row["turn"],
+                     f"{row['factors']} ({row['effective']:.0f})"])
     return table(["arm", "new", "change [95 % interval]", *old, "old", "change", "2 tok", "TDS",
-                  "pairs", "gap", "factors"], rows)
+                  "pairs", "gap", "turn", "factors"], rows)
 
 
 # Student's t, 97.5 %, for 2, 3, .. 20 seeds: half of a 95 % interval in standard errors.
@@ -467,17 +501,18 @@ def seed_interval(values):
 
 
 def summary_table(runs):
-    """Several seeds, [{arm: figures}] -> mean ± standard deviation of each arm; then TABOM minus
-    each arm, paired, mean [95 % interval over seeds]."""
-    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "factors", "effective")
+    """Several seeds, [{arm: figures}] -> mean ± standard deviation of each arm; then, paired, each
+    arm minus No-SFT and TABOM minus each other arm, mean [95 % interval over seeds]."""
+    names = ("new", "old", "2 tok", "TDS", "pairs", "gap", "turn", "factors", "effective")
     rows = {arm: torch.tensor([[float(results[arm][name]) for name in names] for results in runs])
             for arm in runs[0]}                 # (seeds, names)
     lines = [[arm, *map("{:.2f} ± {:.2f}".format, row.mean(0), row.std(0))]
              for arm, row in rows.items()]
-    if "TABOM" in rows:
-        lines += [[f"TABOM - {arm}", *map("{:+.2f} [{:+.2f}, {:+.2f}]".format,
-                                          *seed_interval(rows["TABOM"] - row))]
-                  for arm, row in rows.items() if arm != "TABOM"]
+    pairs = [(arm, "No-SFT") for arm in rows if arm != "No-SFT"]
+    pairs += [("TABOM", arm) for arm in rows if "TABOM" in rows and arm not in ("No-SFT", "TABOM")]
+    lines += [[f"{one} - {other}", *map("{:+.2f} [{:+.2f}, {:+.2f}]".format,
+                                        *seed_interval(rows[one] - rows[other]))]
+              for one, other in pairs]
     return table(["arm", *names], lines)
 
 
@@ -545,26 +580,51 @@ def judge(results, leads, own_nll, reference_nll):
     claims = [("C1 references are less likely to the base than its own answers, at all mask ratios",
                f"{own_nll[4]:.2f} against {reference_nll[4]:.2f} nats at 0.5",
                all(own < other for own, other in zip(own_nll, reference_nll)))]
+
+    def claim(text, figure, held):
+        claims.append((text, figure if isinstance(figure, str) else f"{figure:+.1f}", bool(held)))
+
     if "SFT-GT" in lost:
-        claims.append(("C2 SFT-GT forgets 15 points or more", f"{lost['SFT-GT']:.1f}",
-                       lost["SFT-GT"] >= 15))
+        claim("C2 SFT-GT forgets 15 points or more", lost["SFT-GT"], lost["SFT-GT"] >= 15)
     if "TABOM" not in results:
         return claims
-    if "SFT-SD" in results:
-        claims.append(("C3 SFT-SD gains less than half of what TABOM gains",
-                       f"{gain['SFT-SD']:+.1f} against {gain['TABOM']:+.1f}",
-                       2 * gain["SFT-SD"] < gain["TABOM"]))
-    for arm, lead in leads.items():
-        tag = "C6" if arm == "trajectory" else "C4"
-        claims.append((f"{tag} TABOM is ahead of {arm}", with_interval(*lead), lead[1] > 0))
-    claims.append(("C5 TABOM forgets 2 points or less", f"{lost['TABOM']:.1f}", lost["TABOM"] <= 2))
+    tabom, rivals = results["TABOM"], [arm for arm in leads if ":" not in arm]
+    if "SFT-SD" in rivals:
+        claim("C3 SFT-SD gains less than half of what TABOM gains",
+              f"{gain['SFT-SD']:+.1f} against {gain['TABOM']:+.1f}",
+              2 * gain["SFT-SD"] < gain["TABOM"])
+    for arm in rivals:
+        if arm != "trajectory":
+            claim(f"C4 TABOM is ahead of {arm}", with_interval(*leads[arm]), leads[arm][1] > 0)
+    claim("C5 TABOM forgets 2 points or less", lost["TABOM"], lost["TABOM"] <= 2)
+    if "SFT-SD" in rivals:
+        claim("C5 TABOM forgets no more than SFT-SD does", lost["TABOM"] - lost["SFT-SD"],
+              lost["TABOM"] <= lost["SFT-SD"])
+    if "trajectory" in rivals:
+        claim("C6 TABOM is ahead of trajectory", with_interval(*leads["trajectory"]),
+              leads["trajectory"][1] > max(0, lost["TABOM"] - lost["trajectory"]))
     for arm in ("No-SFT", "SFT-SD"):
-        if arm in results:
-            raised = results["TABOM"]["TDS"] - results[arm]["TDS"]
-            claims.append((f"C7 TABOM raises TDS over {arm}", f"{raised:+.2f}", raised > 0))
-    ahead = results["TABOM"]["2 tok"] - results["No-SFT"]["2 tok"]
-    claims.append(("C8 TABOM is 5 points or more ahead of No-SFT at 2 tokens per step",
-                   f"{ahead:+.1f}", ahead >= 5))
+        if arm in rivals:
+            raised = tabom["TDS"] - results[arm]["TDS"]
+            claim(f"C7 TABOM raises TDS over {arm}", f"{raised:+.2f}", raised > 0)
+    ahead = tabom["2 tok"] - results["No-SFT"]["2 tok"]
+    claim("C8 TABOM is 5 points or more ahead of No-SFT at 2 tokens per step", ahead, ahead >= 5)
+    sweep = [arm for arm in results if arm.startswith("TABOM:window_size=")]
+    if len(sweep) > 2:                          # named from the narrowest window to the whole
+        best = max(sweep, key=lambda arm: results[arm]["new"])
+        claim("C9 a moderate window is best", best, best in sweep[1:-1])
+    grid = {arm: gain[arm] for arm in results if "margin=" in arm}
+    if grid:
+        claim("C10 every weight and margin gains", min(grid.values()), min(grid.values()) > 0)
+    for arm in results:
+        if arm in ("TABOM:ranks=shuffled", "TABOM:ranks=reversed"):
+            claim(f"C11 {arm} gains less than half of what TABOM gains", gain[arm],
+                  2 * gain[arm] < gain["TABOM"])
+    solved = [now > 0 for was, now in zip(results["No-SFT"]["per problem"], tabom["per problem"])
+              if was == 0]
+    if solved:
+        claim("C12 TABOM solves half or more of the problems that the base never solved",
+              f"{sum(solved)} of {len(solved)}", 2 * sum(solved) >= len(solved))
     return claims
 
 
