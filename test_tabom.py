@@ -2024,6 +2024,30 @@ def test_an_arm_with_its_own_settings_is_the_arm_of_a_run_with_these_settings(tm
     assert len({row["TDS"] for row in together.values()}) == len(together)
 
 
+def test_every_eighth_problem_is_kept_out_of_training(monkeypatch):
+    """No arm sees an answer to it, under whatever settings; the evaluation sees no other."""
+    splits = toy_data.split_problems("blank", 0)
+    every_eighth = toy_data.write_solutions("blank", *splits["blank"]["query"][::8].unbind(1))[0]
+    seen = {"train": [], "evaluate": []}
+
+    def is_held_out(data):
+        return (data.prompt[:, None] == every_eighth).all(2).any(1)
+
+    def spy(name, position):
+        real = getattr(tabom, name)
+
+        def wrapper(*arguments, **settings):
+            seen[name].append(arguments[position])
+            return real(*arguments, **settings)
+        monkeypatch.setattr(tabom, name, wrapper)
+    spy("train", 1)
+    spy("evaluate", 2)
+    assert run("--demo", "--arms", "SFT-GT", "SFT-SD", "TABOM:common_factors=5") == 0
+    assert len(seen["train"]) == 1 + 3 and len(seen["evaluate"]) == 1 + 3
+    assert not any(is_held_out(data).any() for data in seen["train"][1:])          # 0: pretraining
+    assert all(is_held_out(data).all() and len(data) for data in seen["evaluate"])
+
+
 def test_the_turn_of_the_factor(tmp_path, monkeypatch):
     """Mean turn of the two digits of the factor, counted from 1; 0 in mul, where they are given."""
     path = tmp_path / "x.json"
