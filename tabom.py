@@ -12,7 +12,7 @@ inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzm
     4. replay a state of a trajectory, train on the tokens that came next          (Eq. 9, term 1)
     5. and rank: what was revealed earlier should have the lower entropy           (Eq. 7-8)
 
-    python tabom.py --demo            all of it on synthetic arithmetic, against five other arms
+    python tabom.py --demo            all of it on arithmetic, against five rivals and a control
     python tabom.py --demo --quick    the same chain in about a minute, only to see that it runs
 
 Sections 1-9 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
@@ -550,7 +550,7 @@ def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, s
 ARMS = ("SFT-GT", "SFT-SD", "dInfer", "T3D", "trajectory", "TABOM")
 
 def arm_loss(arm, model, config):
-    """The loss of an arm (SFT-GT and SFT-SD: Eq. 1); but for SFT-GT's data, all that differs."""
+    """The loss of an arm; SFT-GT and SFT-SD: Eq. 1."""
     return {"dInfer": dinfer_loss,
             "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
             "trajectory": partial(trajectory_loss, window_size=config.window_size),
@@ -698,8 +698,8 @@ def run_seed(config, seed, arms, device, bases):
     say(toy_data.likelihood_table(ratios, own_nll, reference_nll))
     stage(f"Fine-tune: same base, same batch order, {config.updates} updates, last checkpoint")
     results, answers, tuned = {}, {}, None
-    for name in dict.fromkeys(("No-SFT", *arms)):
-        arm, own = toy_data.read_arm(name, config, ARMS)                 # its own settings
+    for name in dict.fromkeys(("No-SFT", *arms)):                        # the base first
+        arm, own = toy_data.read_arm(name, config, ARMS)                 # own: its settings
         model = copy.deepcopy(base)
         if arm != "No-SFT":
             rows = ~held_out & toy_data.has_common_factor(distilled.response, own.common_factors)
@@ -707,7 +707,7 @@ def run_seed(config, seed, arms, device, bases):
             train(model, data, arm_loss(arm, model, own), updates=own.updates,
                   batch_size=own.batch_size, learning_rate=own.learning_rate,
                   warmup=own.warmup, seed=seed, label=name)
-            for weight, start in zip(model.parameters(), base.parameters()):
+            for weight, start in zip(model.parameters(), base.parameters()):   # part of the way
                 weight.data.lerp_(start.data, 1 - own.tuned_share)
         results[name], answers[name] = evaluate(model, tests, distilled[held_out], own, seed)
         if name != "No-SFT":

@@ -262,9 +262,9 @@ class Config:
     rollout_filter: str = "working"   # all must be right; "answer": as the paper; controls: "none"
                                       # accepts every answer, "wrong" the wrong ones only
     ranks: str = "recorded"           # "shuffled" in each response, or "reversed": controls
-    common_factors: int = 100         # train on the so many commonest factors only; 100: on all
+    common_factors: int = 100         # train on answers with the so many commonest; 100: all
     reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
-    # fine-tuning, the same for every arm
+    # fine-tuning, the same for every arm unless it sets its own
     updates: int = 400                # (paper: 5 epochs)
     batch_size: int = 64              # (paper: 32)
     learning_rate: float = 1e-4       # (paper: 2e-5, LoRA)
@@ -272,7 +272,7 @@ class Config:
     tuned_share: float = 1.0          # of the way from the base's weights to the tuned ones
     # trajectory masking and TABOM
     window_size: int = 6              # half of the 12 that are decoded (paper: 32 of 256)
-    margin: float = 2.0               # gamma, nats (paper: 0.1 to 0.3); raises TDS, 1.0 does not
+    margin: float = 2.0               # gamma, nats (paper: 0.1 to 0.3); chosen for its TDS
     rank_weight: float = 2.0          # lambda (paper: 1 and 2); more gains more, on fewer factors
     # evaluation
     split: str = "test"               # "validation" for tuning
@@ -613,7 +613,8 @@ def judge(results, leads, own_nll, reference_nll):
     if len(sweep) > 2:                          # named from the narrowest window to the whole
         best = max(sweep, key=lambda arm: results[arm]["new"])
         claim("C9 a moderate window is best", best, best in sweep[1:-1])
-    grid = {arm: gain[arm] for arm in results if "margin=" in arm}
+    grid = {arm: gain[arm] for arm in results if arm.startswith(("TABOM:rank_weight=",
+                                                                 "TABOM:margin="))}
     if grid:
         claim("C10 every weight and margin gains", min(grid.values()), min(grid.values()) > 0)
     for arm in results:
