@@ -556,9 +556,14 @@ def pass_at(solved):
             for k in (1, 8, 64) if k <= n}
 
 
+def beyond_the_base(base, tuned):
+    """The tuned model's percentages of right tries, on the problems that the base never solved."""
+    return [now for was, now in zip(base["per problem"], tuned["per problem"]) if was == 0]
+
+
 def boundary(base, tuned):
     """What the tuned model does where the base never succeeded, in words."""
-    beyond = [now for was, now in zip(base["per problem"], tuned["per problem"]) if was == 0]
+    beyond = beyond_the_base(base, tuned)
     rate = sum(beyond) / max(1, len(beyond))
     return (f"    pass@k: No-SFT {in_brief(base['pass@k'])}; TABOM {in_brief(tuned['pass@k'])}\n"
             f"    of {len(base['per problem'])} problems the base never solved {len(beyond)}; "
@@ -621,8 +626,7 @@ def judge(results, leads, own_nll, reference_nll):
         if arm in ("TABOM:ranks=shuffled", "TABOM:ranks=reversed"):
             claim(f"C11 {arm} gains less than half of what TABOM gains", gain[arm],
                   2 * gain[arm] < gain["TABOM"])
-    solved = [now > 0 for was, now in zip(results["No-SFT"]["per problem"], tabom["per problem"])
-              if was == 0]
+    solved = [share > 0 for share in beyond_the_base(results["No-SFT"], tabom)]
     if solved:
         claim("C12 TABOM solves half or more of the problems that the base never solved",
               f"{sum(solved)} of {len(solved)}", 2 * sum(solved) >= len(solved))
