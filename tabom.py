@@ -587,6 +587,7 @@ def self_distil(base, problems, config, seed):
                          random_stream(seed, "collect", problems.device),
                          temperature=config.collect_temperature, order=config.collect_order)
     keep = toy_data.is_valid(config, rollouts.prompt, rollouts.response)
+    keep = toy_data.first_of_each(keep, len(problems), config.answers_per_problem)
     if keep.sum() < 16:
         raise DemoError(f"only {keep.sum()} of {config.queries} rollouts are valid, too few to "
                         "train on: raise pretrain_updates or queries with --set.")

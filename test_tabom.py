@@ -2165,6 +2165,31 @@ def test_common_factors():
         assert toy_data.has_common_factor(response, count).tolist() == [bool(x) for x in expected]
 
 
+def test_first_of_each_problem():
+    """Row i answers problem i % n: against a loop, also where the last round is not complete."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, n_problems, count in ((13, 5, 1), (12, 4, 2), (3, 5, 1), (20, 1, 7), (9, 3, 48000)):
+        kept = torch.rand(rows, generator=generator) < 0.6
+        seen, expected = [0] * n_problems, []
+        for row, keep in enumerate(kept.tolist()):
+            seen[row % n_problems] += keep
+            expected.append(keep and seen[row % n_problems] <= count)
+        assert toy_data.first_of_each(kept, n_problems, count).tolist() == expected
+
+
+def test_one_answer_per_problem_reaches_the_training_data():
+    """self_distil keeps the first right answer to each problem, and as many problems as before."""
+    problems = toy_data.split_problems("mul", 0)["mul"]["query"][:40]
+    config = toy_data.Config(new_domain="mul", queries=100, rollout_filter="none")
+    torch.manual_seed(0)
+    base = tabom.Denoiser(len(toy_data.VOCABULARY), 16, 1, 8, 1).eval()
+    every, _ = tabom.self_distil(base, problems, config, 0)
+    first, asked = tabom.self_distil(
+        base, problems, toy_data.replace(config, answers_per_problem=1), 0)
+    assert len(every) == 100 and torch.equal(asked, problems)
+    assert torch.equal(first.response, every.response[:40])
+
+
 def test_claims_follow_the_figures():
     """A claim is judged by the figures: turn them round and every judgement turns."""
     def judged(new, old, tds, two, low, own, other, solved=(0.0, 3.0)):

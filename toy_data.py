@@ -71,7 +71,7 @@ CORPUS_SHARES = {
 # of blank is a first factor: there are only 90.  When mul is new, few problems in the corpus make
 # a base that knows it partly and stably; limiting the updates instead would not.
 SPLIT_SIZES = {
-    "mul": {"add": (7000, 0, 400), "sub": (3200, 0, 400), "mul": (2500, 4000, 400)},
+    "mul": {"add": (7000, 0, 400), "sub": (3200, 0, 400), "mul": (1500, 4000, 400)},
     "blank": {"add": (7000, 0, 400), "sub": (3200, 0, 400), "mul": (7000, 0, 400),
               "blank": (25, 30, 10)},
 }
@@ -235,8 +235,9 @@ SETTINGS_OF_AN_ARM = ("ranks", "common_factors", "reference_hand", "updates", "b
 CONTROL = "TABOM:ranks=shuffled"    # runs beside the arms: TABOM without what the order says
 MAY_BE_ZERO = ("collect_temperature", "margin", "rank_weight", "temperature")
 # What is different when multiplication itself is the new domain, and in a --quick run.
-MUL = dict(queries=16000, collect_order="entropy", window_size=4, margin=0.2,
-           rank_weight=1.0, test_problems=1200, samples=1, temperature=0.0)
+MUL = dict(pretrain_updates=3000, queries=32000, collect_order="entropy", answers_per_problem=1,
+           updates=800, learning_rate=3e-4, window_size=4, margin=0.2, rank_weight=1.0,
+           test_problems=1200, samples=1, temperature=0.0)
 QUICK = dict(pretrain_updates=150, queries=200, rollout_filter="none", updates=20,
              test_problems=20, samples=2)
 
@@ -261,6 +262,7 @@ class Config:
     collect_temperature: float = 1.0  # explores the tokens (paper: low)
     rollout_filter: str = "working"   # all must be right; "answer": as the paper; controls: "none"
                                       # accepts every answer, "wrong" the wrong ones only
+    answers_per_problem: int = 48000  # train on the first so many that are kept (paper: 1)
     ranks: str = "recorded"           # "shuffled" in each response, or "reversed": controls
     common_factors: int = 100         # train on answers with the so many commonest; 100: all
     reference_hand: str = "other"     # SFT-GT copies somebody else's working; a control: "own"
@@ -335,6 +337,15 @@ def is_valid(config, prompt, response):
     working = working_is_right(config.new_domain, prompt, response)
     return {"working": correct & working, "answer": correct, "wrong": ~correct,
             "none": torch.ones_like(correct)}[config.rollout_filter]
+
+
+def first_of_each(kept, n_problems, count):
+    """kept (B,) bool, row i an answer to problem i % n_problems -> (B,) bool: the first `count`
+    that are kept of each problem."""
+    tries = torch.zeros(-(-len(kept) // n_problems), n_problems, dtype=torch.bool)
+    tries = tries.to(kept.device)                                        # (tries, problems)
+    tries.view(-1)[:len(kept)] = kept
+    return (tries & (tries.cumsum(0) <= count)).view(-1)[:len(kept)]
 
 
 def parse_arguments(arguments, arms, description):
