@@ -450,7 +450,7 @@ def greeting(hardware, seeds, arms, quick):
     return (f"TABOM on synthetic arithmetic: {hardware} ({torch.get_num_threads()} CPU threads), "
             f"PyTorch {torch.__version__}, seeds {seeds}.\n"
             f"A small base records how it decodes, is fine-tuned in {len(arms)} ways, and all are\n"
-            "compared in the new domain and the old ones.  A seed with every arm has taken about\n"
+            "compared in the new domain and the old ones.  A seed with every arm has taken\n"
             f"6 to 9 minutes on 2 cores of an AMD EPYC.{warning}")
 
 
