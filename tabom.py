@@ -1,36 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""TABOM in one file: teach a masked diffusion language model the order in which it decodes.
+"""TABOM in one file: train a masked diffusion language model on the order in which it decodes.
 
 Such a model is trained on uniformly random masks but decodes from easy to hard, so training and
 inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv
-2605.11854; this file is unofficial) closes the gap:
+2605.11854; this file is unofficial) trains on the states of the model's own decoding:
 
     1. pretrain a denoiser by the book: hide random tokens, predict them           (Eq. 1)
-    2. let it answer queries of a new domain, and record when each position was
-       revealed: a trajectory                                                      (Eq. 2, Def. 1)
+    2. let it answer queries, and record when each position was revealed           (Eq. 2, Def. 1)
     3. keep the trajectories whose answer a checker accepts
     4. replay a state of a trajectory, train on the tokens that came next          (Eq. 9, term 1)
     5. and rank: what was revealed earlier should have the lower entropy           (Eq. 7-8)
 
-    python tabom.py --demo            all of it on arithmetic, against five rivals and a control
+    python tabom.py --demo            all of it on arithmetic, beside rivals and controls
     python tabom.py --demo --quick    the same chain in about a minute, only to see that it runs
 
-Sections 1-9 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
-Sections 10-15 are the demo: a small model, one training loop, evaluation; toy_data.py has the rest.
+Sections 1-8 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
+Then rivals, and the demo; its problems, their checker and its tables are in toy_data.py.
 
 Shapes: B sequences, L prompt tokens, N response tokens of which W lie in a window, V vocabulary,
 D width.  x_t is a response with some tokens replaced by [MASK].  Entropies are in nats.
 Simplified: 0.3 million parameters, arithmetic for language; all weights are fine-tuned (paper:
-LoRA); the entropies of a window are all measured in one state, at the cut (Eq. 5: each just before
-its reveal); and the demo collects in random order by default, so that the checker selects orders.
+LoRA); the entropies of a window are all measured at the cut (Eq. 5: each just before its reveal).
 """
-# ==== The method begins here: sections 1-9 are one block to copy; they need nothing but torch =====
-import copy
+# ==== The method begins here: sections 1-8 are one block to copy; they need nothing but torch =====
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # == 1. The state: one integer per position ========================================================
 # A trajectory is a response and, for each position, the rank at which it was revealed.  That one
@@ -39,15 +35,12 @@ from torch.nn import functional as F
 @dataclass(frozen=True)
 class Trajectories:
     """Decoded responses that remember the order in which they were written (Def. 1).
-
-    prompt      (B, L) int64
-    response    (B, N) int64
-    decode_rank (B, N) int64: 0 = revealed first; in each row a permutation of 0 .. n-1 over its n
-                valid positions, and -1 at the others.  The others keep what `response` holds (a
-                given token, padding, mask_id) and are never trained, ranked or counted.
+    prompt (B, L) and response (B, N), int64 tokens
+    decode_rank (B, N) int64: 0 = revealed first; in each row a permutation of 0 .. n-1 over the n
+                positions that were decoded, and -1 at the others.  The others keep what `response`
+                holds (a given token, padding, mask_id), are never trained, ranked or counted.
     entropy     (B, N) float, nats, of each position just before it was revealed; breaks ties
-    A wrong shape or dtype raises ValueError; `validate` looks at the values too.  As one file:
-    torch.save(vars(trajectories), "x.pt") and Trajectories(**torch.load("x.pt")).
+    A wrong shape or dtype raises ValueError; `validate` looks at the values, too.
     """
     prompt: Tensor
     response: Tensor
@@ -55,13 +48,20 @@ class Trajectories:
     entropy: Tensor
 
     def __post_init__(self):
-        shapes = [tuple(tensor.shape) for tensor in vars(self).values()]
-        require([len(shape) for shape in shapes] == [2] * 4 and shapes[0][0] == shapes[1][0]
-                and shapes[1] == shapes[2] == shapes[3],
+        prompt, *others = shapes = [tuple(field.shape) for field in vars(self).values()]
+        require(len(prompt) == len(others[0]) == 2 and set(others) == {(prompt[0], others[0][1])},
                 f"prompt must be (B, L) and the other three fields (B, N), not {shapes}.")
-        dtypes = [tensor.dtype for tensor in vars(self).values()]
-        require(dtypes[:3] == [torch.int64] * 3 and dtypes[3].is_floating_point, "prompt, response "
+        *integers, entropy = dtypes = [field.dtype for field in vars(self).values()]
+        require(set(integers) == {torch.int64} and entropy.is_floating_point, "prompt, response "
                 f"and decode_rank must be int64, entropy floating-point, not {dtypes}.")
+
+    @classmethod
+    def cat(cls, parts):
+        """Several batches of one L and N as one."""
+        lengths = [(part.prompt.shape[1], part.response.shape[1]) for part in parts]
+        require(len(set(lengths)) == 1, "cat needs at least one part, and the same prompt and "
+                f"response lengths (L, N) in all, not {lengths}.")
+        return cls(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
     def __getitem__(self, rows):
         """Rows by boolean mask, index tensor or slice."""
@@ -73,47 +73,49 @@ class Trajectories:
     def to(self, device):
         return Trajectories(*(field.to(device) for field in vars(self).values()))
 
-    def only(self, valid):
-        """Leave out positions that are not `valid` (B, N) bool, padding behind the end for example.
-        They stay as they are, visible; write mask_id there if the model should not see them."""
-        rank = ranks_from_steps(self.decode_rank.masked_fill(~valid, -1), self.entropy)
-        return replace(self, decode_rank=rank, entropy=self.entropy.masked_fill(~valid, 0))
+    def only(self, keep):
+        """Leave out the positions where keep (B, N) is False, say padding behind the end.  They
+        stay as they are, visible; write mask_id there if the model should not see them."""
+        rank = ranks_from_steps(self.decode_rank.masked_fill(~keep, -1), self.entropy)
+        return replace(self, decode_rank=rank, entropy=self.entropy.masked_fill(~keep, 0))
 
     @property
     def n_decoded(self):
-        """(B,) n, the valid positions of each row."""
-        return (self.decode_rank >= 0).sum(1)
+        return (self.decode_rank >= 0).sum(1)    # (B,) n
 
 def require(fact, message):
     if not fact:
         raise ValueError(message)
 
-def is_whole(value, lowest):
-    return hasattr(value, "__index__") and value >= lowest
+def require_whole(name, value, lowest):
+    require(hasattr(value, "__index__") and not isinstance(value, Tensor) and value >= lowest,
+            f"{name} must be a whole number of at least {lowest}, not {value}.")
 
 def rank_in_row(values):
     """(B, N) -> (B, N) int64: 0 for the smallest of a row; of equal ones the leftmost is first."""
     return values.argsort(dim=1, stable=True).argsort(dim=1)
 
 def ranks_from_steps(step, entropy):
-    """(B, N) step of each reveal, -1 = never -> decode_rank.  Ties: by entropy, then position."""
-    turn = step * step.shape[1] + rank_in_row(entropy)
-    turn = turn.masked_fill(step < 0, torch.iinfo(torch.int64).max)
-    return rank_in_row(turn).masked_fill(step < 0, -1)
+    """(B, N) step of each reveal, -1 = never -> decode_rank.  Ties: by entropy, then position.
+    Steps 2 0 -1 0 with entropies .3 .9 .1 .4 give ranks 2 1 -1 0."""
+    by_entropy = entropy.argsort(dim=1, stable=True)                     # positions, surest first
+    last = step.masked_fill(step < 0, torch.iinfo(step.dtype).max)
+    by_step = last.gather(1, by_entropy).argsort(dim=1, stable=True)     # stable: ties stay so
+    return by_entropy.gather(1, by_step).argsort(dim=1).masked_fill(step < 0, -1)
 
 def segment_masks(decode_rank, n_visible, window_size):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
 
-    decode_rank (B, N); n_visible and window_size: an int, or (B,) with one value per row.
-    U_t, M_t and Delta in the paper.  The window is the next `window_size` ranks, fewer at the end
-    of a response, so that every rank, the last one included, falls into some window.
+    n_visible: an int, or one for each row, (B,).  The paper's U_t, M_t and Delta; the window is the
+    next `window_size` ranks, fewer at the end, so that the last rank, too, falls into some window.
     """
-    for name, value, lowest in (("n_visible", n_visible, 0), ("window_size", window_size, 1)):
-        require(value.shape == decode_rank.shape[:1] if isinstance(value, Tensor)
-                else is_whole(value, lowest), f"{name} must be a whole number of at least {lowest} "
-                f"or a tensor of the shape ({len(decode_rank)},).")
-    n_visible, window_size = (value[:, None] if isinstance(value, Tensor) else value
-                              for value in (n_visible, window_size))     # (B, 1) or int
+    require_whole("window_size", window_size, 1)
+    if isinstance(n_visible, Tensor):
+        require(n_visible.shape == decode_rank.shape[:1],
+                f"n_visible must have the shape ({len(decode_rank)},).")
+        n_visible = n_visible[:, None]                                   # (B, 1)
+    else:
+        require_whole("n_visible", n_visible, 0)
     masked = (decode_rank >= 0) & (decode_rank >= n_visible)
     window = masked & (decode_rank - n_visible < window_size)
     return ~masked, masked, window
@@ -127,9 +129,7 @@ def response_logits(model, prompt, x_t, at=None):
             f"the model must return a tensor of logits {(*tokens.shape, 'V')} (output.logits).")
     if at is None:
         return logits[:, prompt.shape[1]:]                               # (B, N, V)
-    row_start = torch.arange(len(at), device=at.device)[:, None] * tokens.shape[1]
-    flat = (row_start + prompt.shape[1] + at).flatten()
-    return logits.flatten(0, 1).index_select(0, flat).unflatten(0, at.shape)   # (B, W, V)
+    return logits[torch.arange(len(at), device=at.device)[:, None], prompt.shape[1] + at]
 
 def ban_mask(logits, mask_id):
     """If the vocabulary has an entry for [MASK], make it impossible: no response contains it."""
@@ -153,9 +153,7 @@ def draw_below(limit, generator):
 
 def predictive_entropy(logits):
     """H = -sum_v p(v) log p(v) over the whole vocabulary: (..., V) -> (...) float32, nats.
-
-    An entry of -inf is a banned token and contributes exactly 0, also to the gradient.
-    """
+    An entry of -inf is a banned token and contributes exactly 0, also to the gradient."""
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     log_p = log_p.clamp(min=torch.finfo(torch.float32).min)              # 0 * -inf would be nan
     return -(log_p.exp() * log_p).sum(-1)
@@ -192,98 +190,85 @@ def pick_tokens(logits, temperature, generator):
     return race.argmax(-1)                       # is token v with probability p(v)
 
 @torch.no_grad()
-def decode(model, prompt, response_length, *, mask_id, order="entropy", tokens_per_step=1,
-           temperature=0.0, block_length=None, generator=None, given=None, valid=None):
+def decode(model, prompt, response_length, *, mask_id, order="entropy", order_temperature=0.0,
+           tokens_per_step=1, temperature=0.0, block_length=None, generator=None, given=None,
+           decodable=None):
     """Answer prompts (B, L) -> `Trajectories` with responses of `response_length` = N tokens.
 
     order            what counts as easy: the lowest "entropy" (Eq. 2), the highest top probability
-                     ("confidence"), the largest gap between the top two ("margin"), "random", or a
-                     tensor (N,) that fixes the order, lowest first.  Of equal ones the leftmost.
+                     ("confidence"), the largest gap between the top two ("margin"), "random", a
+                     tensor (N,) or a function (logits (B, N, V), tokens (B, L+N)) -> (B, N), lowest
+                     first.  Of equal ones the leftmost.
+    order_temperature  above 0 a position is drawn with odds exp(-difficulty / order_temperature):
+                     Eq. 3 for one step, with beta = 1 / order_temperature
     tokens_per_step  positions revealed per forward pass, ranked among themselves by entropy
     temperature      0 is greedy.  It changes which token is written, never which position is easy.
     block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
-    generator        seeds sampling and the random order; on the device of the prompt
+    generator        seeds all that is drawn; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and `mask_id` where to decode
-    valid            (B, N) bool: positions that are False keep what they hold, [MASK] or given
+    decodable        (B, N) bool: positions that are False keep what they hold, [MASK] or given
     A row with nothing to decode comes back as it is.  Raises ValueError for a wrong setting or nan.
     """
-    if isinstance(order, Tensor):
-        require(order.shape == (response_length,) and order.isfinite().all(),
-                f"an order tensor must hold {response_length} finite numbers.")
-    else:
-        require(order in ORDERS, f"order must be one of {', '.join(ORDERS)}, or a tensor.")
-    block_length = response_length if block_length is None else block_length
-    for name, value, lowest in (("response_length", response_length, 1), ("mask_id", mask_id, 0),
-                                ("tokens_per_step", tokens_per_step, 1),
-                                ("block_length", block_length, 1)):
-        require(is_whole(value, lowest), f"{name} must be a whole number of at least {lowest}.")
-    require(0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}.")
-    require(prompt.dim() == 2 and prompt.dtype == torch.int64, "the prompt must be (B, L) int64.")
-    require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
     shape, device = (len(prompt), response_length), prompt.device
-    for name, tensor, dtype in (("given", given, torch.int64), ("valid", valid, torch.bool)):
-        require(tensor is None or (tensor.shape == shape and tensor.dtype == dtype),
-                f"{name} must have the shape {shape} and be {dtype}.")
-
+    block_length = response_length if block_length is None else block_length
+    check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_step, temperature,
+                   block_length, given, decodable)
+    if isinstance(order, Tensor):                # sorted once in its own dtype: no two numbers tie
+        fixed = rank_in_row(order[None]).to(device).expand(shape)
+        order = lambda logits, tokens: fixed
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
     masked = response == mask_id                 # from here on tracked, not read off the tokens
-    masked = masked if valid is None else masked & valid
+    masked = masked if decodable is None else masked & decodable
     step_of = torch.full_like(response, -1)
     reveal_entropy = torch.zeros(shape, device=device, dtype=torch.float32)
-    block = torch.arange(response_length, device=device) // block_length
-    in_block = torch.zeros_like(response).index_add(1, block, masked.long())   # per row and block
-    n_steps = -(-in_block // tokens_per_step)                            # rounded up
-    for step in range(max(n_steps.sum(1).tolist(), default=0)):
+    block = torch.arange(response_length, device=device) // block_length           # (N,)
+    for step in range(response_length):
+        if not masked.any():
+            break
         logits = response_logits(model, prompt, response)                # (B, N, V)
-        entropy, difficulty = entropy_and_difficulty(logits, mask_id, order)
-        if isinstance(order, Tensor):
-            difficulty = order.to(entropy).expand(shape)
-        elif order == "random":
+        entropy, difficulty = entropy_and_difficulty(logits, mask_id, order)       # (B, N)
+        if order == "random":
             difficulty = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+        elif callable(order):
+            difficulty = order(ban_mask(logits, mask_id), torch.cat([prompt, response], 1)).float()
+            require(difficulty.shape == shape and difficulty[masked].isfinite().all(),
+                    f"the order must give finite numbers of the shape {shape}.")
+        if order_temperature > 0:                # the Gumbel trick: a draw without replacement
+            noise = torch.empty_like(difficulty).exponential_(generator=generator).log()
+            difficulty = difficulty / order_temperature + noise
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
         candidates = masked & (block == current_block)
-        at = difficulty.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True)
-        at = at[:, :tokens_per_step]                                     # Eq. 2
-        chosen = torch.zeros_like(masked).scatter(1, at, candidates.gather(1, at))
-        logits = logits.take_along_dim(at[..., None], 1)                 # (B, tokens_per_step, V)
-        tokens = pick_tokens(ban_mask(logits, mask_id), temperature, generator)
-        response = torch.where(chosen, response.scatter(1, at, tokens), response)
-        step_of = step_of.masked_fill(chosen, step)
-        reveal_entropy = torch.where(chosen, entropy, reveal_entropy)
+        turn = rank_in_row(difficulty.masked_fill(~candidates, torch.inf))
+        chosen = candidates & (turn < tokens_per_step)                   # Eq. 2
+        response[chosen] = pick_tokens(ban_mask(logits[chosen], mask_id), temperature, generator)
+        step_of[chosen], reveal_entropy[chosen] = step, entropy[chosen]
         masked = masked & ~chosen
     require(reveal_entropy.isfinite().all() and not masked.any(), "the logits were nan or +inf.")
     return Trajectories(prompt, response, ranks_from_steps(step_of, reveal_entropy), reveal_entropy)
 
-# == 4. Training by the book: uniform masking (Eq. 1) ==============================================
-# Hide a random share of the response and predict it: the NELBO, negative evidence lower bound.  Any
-# set of positions may be visible, but the decoder above visits only a few, easy-to-hard ones.
-# This is the gap that TABOM closes.
+def check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_step, temperature,
+                   block_length, given, decodable):
+    """A mistake in the arguments of `decode` is one sentence, before the model runs."""
+    for name, value, lowest in (("response_length", shape[1], 1), ("mask_id", mask_id, 0),
+                                ("tokens_per_step", tokens_per_step, 1),
+                                ("block_length", block_length, 1)):
+        require_whole(name, value, lowest)
+    if isinstance(order, Tensor):
+        require(order.shape == shape[1:] and order.isfinite().all(),
+                f"an order tensor must hold {shape[1]} finite numbers.")
+    else:
+        require(callable(order) or order in ORDERS,
+                f"order must be one of {', '.join(ORDERS)}, a tensor or a function.")
+    for name, value in (("temperature", temperature), ("order_temperature", order_temperature)):
+        require(0 <= value < float("inf"), f"{name} must be 0 or more, not {value}.")
+    require(prompt.dim() == 2 and prompt.dtype == torch.int64, "the prompt must be (B, L) int64.")
+    require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
+    for name, tensor, dtype in (("given", given, torch.int64),
+                                ("decodable", decodable, torch.bool)):
+        require(tensor is None or (tensor.shape == shape and tensor.dtype == dtype),
+                f"{name} must have the shape {shape} and be {dtype}.")
 
-def token_nll(logits, tokens):
-    """-log p of each token: (B, W, V), (B, W) -> (B, W) float32, nats."""
-    log_p = logits.log_softmax(-1, dtype=torch.float32)
-    return -log_p.gather(-1, tokens[..., None]).squeeze(-1)
-
-def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
-    """Eq. 1: mean over the masked positions of a row, then over rows; the order is not used.
-
-    Each row draws a mask ratio from 0 .. 1, unless `mask_ratio` sets it for all, and masks each
-    of its valid positions with that probability, but at least one.  Returns loss, metrics.
-    """
-    require(0 <= (mask_ratio or 0) <= 1, f"mask_ratio must be from 0 to 1, not {mask_ratio}.")
-    response, valid = trajectories.response, trajectories.decode_rank >= 0
-    ratio, draw = (torch.rand(len(response), n, generator=generator, device=response.device,
-                              dtype=torch.float32) for n in (1, response.shape[1]))
-    draw = draw.masked_fill(~valid, torch.inf)
-    ratio = ratio if mask_ratio is None else torch.full_like(ratio, mask_ratio)
-    masked = valid & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
-    x_t = response.masked_fill(masked, mask_id)
-    logits = ban_mask(response_logits(model, trajectories.prompt, x_t), mask_id)       # (B, N, V)
-    nll = token_nll(logits, response.masked_fill(~masked, 0))            # 0: not counted
-    loss = row_mean(nll, masked).mean()                                  # Eq. 1
-    return loss, {"nll": loss.detach()}
-
-# == 5. The ranking loss (Eq. 7-8) =================================================================
+# == 4. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: ideally the model visits a state with probability proportional to exp(-beta * sum of
 # the entropies its tokens had before they were revealed).  Fitting that needs a partition function.
 # Comparing two states that differ in one token does not: if r was revealed before s, the state with
@@ -293,12 +278,13 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
 
     h = entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma) nats.
-    A pair (r, s) has r revealed before s; a row with fewer than two window positions counts 0.
-    Returns loss and pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
+    A pair (r, s) has r revealed before s; a row without a pair counts 0.  Returns loss and
+    pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
     """
     shapes = [tuple(tensor.shape) for tensor in (entropy, decode_rank, window)]
     require(len(set(shapes)) == 1, f"entropy, decode_rank, window need one shape, not {shapes}.")
-    require(margin >= 0, f"margin must be 0 nats or more, not {margin}.")
+    require(len(entropy) > 0, "there are no rows to rank.")
+    require(0 <= margin < float("inf"), f"margin must be 0 nats or more, not {margin}.")
     pairs = window[:, :, None] & window[:, None, :]                      # (B, N, N)
     pairs &= decode_rank[:, :, None] < decode_rank[:, None, :]           # pairs[b, earlier, later]
     excess = entropy[:, :, None] - entropy[:, None, :]                   # h(r) - h(s)
@@ -306,21 +292,14 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     pair_accuracy = ((excess < 0) & pairs).sum() / pairs.sum().clamp(min=1)
     return loss, pair_accuracy
 
-# == 6. TABOM (Eq. 9) ==============================================================================
+# == 5. TABOM (Eq. 9) ==============================================================================
 # Replay a recorded state: show exactly what had been revealed before a random cut.  Then teach two
 # things about the tokens that came next: *what* they are, and *in which order* they came.
 
-def window_at_cut(model, trajectories, n_visible, window_size, mask_id):
-    """Show the state after `n_visible` reveals -> logits (B, W, V) of its window, in reveal order,
-    and response, decode_rank and window (B, W) at these W positions (False past the last rank)."""
-    response, decode_rank = trajectories.response, trajectories.decode_rank
-    _, masked, window = segment_masks(decode_rank, n_visible, window_size)
-    x_t = response.masked_fill(masked, mask_id)
-    at = decode_rank.masked_fill(~window, response.shape[1]).argsort(1)  # the window comes first
-    at = at if isinstance(window_size, Tensor) else at[:, :window_size]  # (B, W)
-    logits = ban_mask(response_logits(model, trajectories.prompt, x_t, at), mask_id)
-    response = response.masked_fill(~window, 0)                          # 0: not counted
-    return logits, *(tensor.gather(1, at) for tensor in (response, decode_rank, window))
+def token_nll(logits, tokens):
+    """-log p of each token: (B, W, V), (B, W) -> (B, W) float32, nats."""
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    return -log_p.gather(-1, tokens[..., None]).squeeze(-1)
 
 def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, margin, rank_weight,
                n_visible=None):
@@ -329,11 +308,19 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     window_size in tokens; margin in nats; n_visible (B,): where to cut, by default drawn from
     0 .. n-1.  Raises ValueError for a setting out of range.  Returns loss, metrics.
     """
-    require(margin >= 0 and rank_weight >= 0, "margin and rank_weight must be 0 or more.")
+    for name, value in (("margin", margin), ("rank_weight", rank_weight)):
+        require(0 <= value < float("inf"), f"{name} must be 0 or more, not {value}.")
+    response, decode_rank = trajectories.response, trajectories.decode_rank
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
-    logits, tokens, decode_rank, window = window_at_cut(model, trajectories, n_visible, window_size,
-                                                        mask_id)
+    _, masked, window = segment_masks(decode_rank, n_visible, window_size)
+    x_t = response.masked_fill(masked, mask_id)
+    # Only the window's logits, in reveal order: the large tensors are (B, W, V) and (B, W, W).
+    turn = decode_rank.masked_fill(~window, response.shape[1])
+    at = turn.argsort(1)[:, :window_size]                                # (B, W) positions
+    logits = ban_mask(response_logits(model, trajectories.prompt, x_t, at), mask_id)
+    decode_rank, window, tokens = (x.gather(1, at) for x in (decode_rank, window, response))
+    tokens = tokens.masked_fill(~window, 0)                              # 0: not counted
     nll = row_mean(token_nll(logits, tokens), window).mean()
     entropy = predictive_entropy(logits)         # at the cut; in Eq. 5 each just before its turn
     rank_loss, pair_accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin)
@@ -341,9 +328,114 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     return loss, {"nll": nll.detach(), "rank_loss": rank_loss.detach(),
                   "pair_accuracy": pair_accuracy}
 
-# == 7. The rival arms =============================================================================
-# Each is one function of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions
-# and on the model's own valid responses.
+# == 6. Training by the book: uniform masking (Eq. 1) ==============================================
+# What comes before TABOM.  Hide a random share of the response and predict it: the NELBO, negative
+# evidence lower bound.  Any set of positions may be visible, but the decoder above visits only a
+# few, easy-to-hard ones.  This is the gap that TABOM closes.
+
+def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
+    """Eq. 1: mean over the masked positions of a row, then over rows; the order is not used.
+
+    Each row draws a mask ratio from 0 .. 1, unless `mask_ratio` sets it for all, and masks each
+    position with decode_rank >= 0 with that probability, but at least one.  Returns loss, metrics.
+    """
+    require(0 <= (mask_ratio or 0) <= 1, f"mask_ratio must be from 0 to 1, not {mask_ratio}.")
+    response, decoded = trajectories.response, trajectories.decode_rank >= 0
+    draw = torch.rand(len(response), 1 + response.shape[1], generator=generator,
+                      device=response.device, dtype=torch.float32)       # ratio, then positions
+    ratio = draw[:, :1] if mask_ratio is None else mask_ratio
+    draw = draw[:, 1:].masked_fill(~decoded, torch.inf)
+    masked = decoded & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
+    x_t = response.masked_fill(masked, mask_id)
+    logits = ban_mask(response_logits(model, trajectories.prompt, x_t), mask_id)       # (B, N, V)
+    nll = token_nll(logits, response.masked_fill(~masked, 0))            # 0: not counted
+    loss = row_mean(nll, masked).mean()                                  # Eq. 1
+    return loss, {"nll": loss.detach()}
+
+# == 7. Trajectory discrimination score (Eq. 10-11) ================================================
+# How well a state tells easy from hard: the variance of the entropies of what is still masked.  A
+# model equally unsure of every position scores 0 and might as well decode at random.
+
+def trajectory_discrimination_score(entropy, masked):
+    """Eq. 10: population variance over masked positions, (B, N), (B, N) bool -> (B,) in nats
+    squared; 0 for a state with fewer than two."""
+    mean = row_mean(entropy, masked)[:, None]
+    return row_mean((entropy - mean) ** 2, masked)
+
+@torch.no_grad()
+def replay(model, trajectories, *, mask_id):
+    """Yield x_t, masked, entropy, (B, N) each, of the states with 0, 1, .. N tokens revealed."""
+    for n_visible in range(trajectories.response.shape[1] + 1):
+        _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
+        x_t = trajectories.response.masked_fill(masked, mask_id)
+        logits = response_logits(model, trajectories.prompt, x_t)        # (B, N, V)
+        yield x_t, masked, entropy_and_difficulty(logits, mask_id)[0]
+
+def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
+    """Score of each state of recorded trajectories -> score (B, N+1) nats squared, counted bool.
+
+    Column k has k tokens revealed.  A state counts if it masks two positions or more; those behind
+    an `eos_id` that is already written are left out.  Eq. 11 is the mean of all counted entries.
+    """
+    scores, counted = [], []
+    for x_t, masked, entropy in replay(model, trajectories, mask_id=mask_id):
+        if eos_id is not None:
+            masked = masked & ((x_t == eos_id).cumsum(1) == 0)
+        scores.append(trajectory_discrimination_score(entropy, masked))
+        counted.append(masked.sum(1) >= 2)
+    return torch.stack(scores, 1), torch.stack(counted, 1)
+
+# == 8. Trajectories from other people's data ======================================================
+
+def from_decoding_order(prompt, response, decoding_order, entropy=None):
+    """Trajectories from lists or tensors of the step at which each position was written, (B, N):
+    it counts up from the first; -1 = never decoded.  Equal steps are ordered by entropy (B, N) if
+    there is one, else by position."""
+    step = torch.as_tensor(decoding_order, device=response.device)
+    require(step.shape == response.shape and not step.is_floating_point(), "decoding_order must "
+            f"hold one whole number for each token of {tuple(response.shape)}.")
+    entropy = torch.zeros(step.shape) if entropy is None else torch.as_tensor(entropy)
+    entropy = entropy.to(step.device, torch.float32)
+    return Trajectories(prompt, response, ranks_from_steps(step.long(), entropy), entropy)
+
+def validate(trajectories, mask_id, vocabulary_size):
+    """Look at every value and raise ValueError for a wrong one.  Call it once per data set: the
+    losses check shapes and settings only, since to look at values makes a GPU wait."""
+    prompt, response, decode_rank, entropy = vars(trajectories).values()
+    n, decoded = response.shape[1], decode_rank >= 0
+    sorted_rank = torch.arange(n, device=response.device) - (n - decoded.sum(1, keepdim=True))
+    require((decode_rank.sort(1).values == sorted_rank.clamp(min=-1)).all(),
+            "decode_rank must hold 0 .. n-1 once each in every row, and -1 elsewhere.")
+    for name, tokens, ranked in (("prompt", prompt, True), ("response", response, decoded)):
+        is_mask = tokens == mask_id              # allowed where nothing is ranked
+        require(not (is_mask & ranked).any(), f"the {name} contains mask_id ({mask_id}).")
+        require((is_mask | (tokens >= 0) & (tokens < vocabulary_size)).all(),
+                f"the {name} contains a token outside of 0 .. {vocabulary_size - 1}.")
+    require(entropy.isfinite().all() and (entropy >= 0).all(), "an entropy is negative or nan.")
+
+# ==== The method ends here.  Below: rivals, and a demo on synthetic arithmetic ====================
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+try:
+    import toy_data as toy       # the problems, the checker, and how results are shown
+except ModuleNotFoundError:      # this file was copied alone: all but the demo works
+    toy = None
+
+# == 9. The rivals =================================================================================
+# Losses of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions and on the
+# model's own right answers.
 
 def trajectory_loss(model, trajectories, *, mask_id, generator=None, window_size, n_visible=None):
     """Trajectory masking: Eq. 9 with lambda = 0, what comes next but not in which order."""
@@ -356,14 +448,18 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
     times: (start, end), each (B,), the tokens visible in the two states; by default two different
     numbers from 0 .. n, every pair equally likely.  Returns loss, metrics.
     """
+    response, decode_rank = trajectories.response, trajectories.decode_rank
     if times is None:
         n = trajectories.n_decoded
         one = draw_below(n + 1, generator)
         other = (one + 1 + draw_below(n, generator)) % (n + 1)           # any number but `one`
         times = torch.minimum(one, other), torch.maximum(one, other)
-    start, end = times
-    logits, tokens, _, window = window_at_cut(model, trajectories, start, end - start, mask_id)
-    loss = row_mean(token_nll(logits, tokens), window).mean()
+    _, masked, _ = segment_masks(decode_rank, times[0], 1)
+    between = masked & (decode_rank < times[1][:, None])
+    x_t = response.masked_fill(masked, mask_id)
+    logits = ban_mask(response_logits(model, trajectories.prompt, x_t), mask_id)       # (B, N, V)
+    nll = token_nll(logits, response.masked_fill(~between, 0))           # 0: not counted
+    loss = row_mean(nll, between).mean()
     return loss, {"nll": loss.detach()}
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
@@ -374,22 +470,22 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path.
     reference: a callable like `model`, see `LaggedCopy`.  Returns loss, metrics.
     """
-    require(min(a, b, c) >= 0, f"a, b and c must be 0 or more, not {a}, {b}, {c}.")
-    prompt, response, n_decoded = trajectories.prompt, trajectories.response, trajectories.n_decoded
-    n_visible = draw_below(n_decoded, generator)
-    _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
-    x_t, n_masked = response.masked_fill(masked, mask_id), masked.sum(1).clamp(min=1)
+    require(all(0 <= one < math.inf for one in (a, b, c)), f"a, b, c must be 0 or more: {a, b, c}.")
+    prompt, response, n = trajectories.prompt, trajectories.response, trajectories.n_decoded
+    _, masked, _ = segment_masks(trajectories.decode_rank, draw_below(n, generator), 1)
+    x_t = response.masked_fill(masked, mask_id)
     logits = ban_mask(response_logits(model, prompt, x_t), mask_id)      # (B, N, V)
     with torch.no_grad():
         reference_logits = ban_mask(response_logits(reference, prompt, x_t), mask_id)
-    x_0 = response.masked_fill(~masked, 0)                               # 0: not counted
 
     def log_ratio(y):                                                    # l(y) - l_ref(y), (B,)
         return row_mean(token_nll(reference_logits, y) - token_nll(logits, y), masked)
 
+    x_0 = response.masked_fill(~masked, 0)                               # 0: not counted
     rejected = reference_logits.argmax(-1)                               # y^
     preference = -F.logsigmoid(b * log_ratio(x_0)) - a * F.logsigmoid(-b * log_ratio(rejected))
-    path_weight = (n_decoded[:, None] - trajectories.decode_rank) / n_masked[:, None]
+    n_masked = masked.sum(1, keepdim=True).clamp(min=1)
+    path_weight = (n[:, None] - trajectories.decode_rank).float() / n_masked       # (B, N)
     path = torch.where(masked, path_weight * token_nll(logits, x_0), 0).sum(1)
     loss = (preference + c * path).mean()
     return loss, {"preference": preference.mean().detach(), "path": path.mean().detach()}
@@ -407,86 +503,92 @@ class LaggedCopy:
         self.calls += 1
         return self.frozen(tokens)
 
-# == 8. Trajectory discrimination score (Eq. 10-11) ================================================
-# How well a state tells easy from hard: the variance of the entropies of what is still masked.  A
-# model equally unsure of every position scores 0 and might as well decode at random.
+# == 10. Settings: each with its reason, and the paper's value where it has one ====================
+# An arm is a way to fine-tune: TABOM, a rival or a control.  From `queries` on, an arm may have
+# settings of its own, as in TABOM:margin=0.3,rounds=2.
 
-def trajectory_discrimination_score(entropy, masked):
-    """Eq. 10: population variance over masked positions, (B, N), (B, N) bool -> (B,) in nats
-    squared; 0 for a state with fewer than two."""
-    mean = row_mean(entropy, masked)[:, None]
-    return row_mean((entropy - mean) ** 2, masked)
+class DemoError(ValueError):
+    """Something the user of the demo can mend, in one sentence."""
 
-@torch.no_grad()
-def replay(model, trajectories, *, mask_id):
-    """Yield x_t, masked and entropy, each (B, N), of the states with 0, 1, .. N tokens revealed."""
-    for n_visible in range(trajectories.response.shape[1] + 1):
-        _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
-        x_t = trajectories.response.masked_fill(masked, mask_id)
-        logits = response_logits(model, trajectories.prompt, x_t)        # (B, N, V)
-        yield x_t, masked, entropy_and_difficulty(logits, mask_id)[0]
+@dataclass(frozen=True)
+class Config:
+    # The base, and what measures
+    layouts: int = 3                  # 3: the order depends on the prompt; 1: on positions alone
+    layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
+    width: int = 96
+    pretrain_updates: int = 6500      # until all but the order is known
+    split: str = "test"               # "validation" for tuning
+    test_problems: int = 400          # of add, sub, mul and each c of pick, at most
+    samples: int = 16                 # answers to a prompt, to see how wide the choice is
+    # How an arm collects
+    queries: int = 10_000             # the prompts in turn, several answers each (paper: one)
+    collect_order: str = "entropy"    # the model's own, as in the paper
+    collect_order_temperature: float = 0.0   # noise on the order (paper: 0)
+    collect_temperature: float = 1.0  # of the tokens; makes orders differ, too (paper: low)
+    rollout_filter: str = "working"   # keep if all is right (paper: "answer"), or "none", "wrong"
+    ranks: str = "recorded"           # controls: "shuffled", "reversed", or "swapped" with those of
+                                      # another kept response, "relaid": one in the same layout
+    style: str = "other"              # SFT-GT copies another style of working, or the model's "own"
+    rounds: int = 1                   # collect with the tuned model, tune on (paper: 1)
+    # How it is tuned, and decodes
+    updates: int = 400                # (paper: 5 epochs)
+    batch_size: int = 64              # (paper: 32)
+    learning_rate: float = 2e-4       # some arms have their own, in ARMS (paper: 2e-5, LoRA)
+    window_size: int = 6              # half of the 12 tokens (paper: 32 of 256)
+    margin: float = 1.0               # gamma, nats: about the entropy gap (paper: 0.1 to 0.3)
+    rank_weight: float = 2.0          # lambda (paper: 1 and 2)
+    prior: str = "none"               # decode with a prior: each position's mean rank in "kept"
+                                      # rollouts, or its "contrast", kept minus wrong ones
 
-def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
-    """Score of each state of recorded trajectories -> score (B, N+1), counted (B, N+1) bool.
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            known, lowest = CHOICES.get(name), 0.0 if isinstance(value, float) else 1
+            if known and value not in known:
+                raise DemoError(f"{name} must be one of {', '.join(map(str, known))}, not {value}.")
+            if not known and not lowest <= value <= 1e6:
+                raise DemoError(f"{name} must be from {lowest} to a million, not {value}.")
+        if self.width % HEADS or self.layers * self.width ** 2 > 1e8:
+            raise DemoError(f"width must be a multiple of {HEADS}, and layers * width ** 2 <= 1e8.")
 
-    Column k has k tokens revealed.  A state counts if it masks two positions or more; those behind
-    an `eos_id` that is already written are left out.  In nats squared.  The curve is the mean of
-    each column over counted rows; Eq. 11 is the mean of all counted entries.
-    """
-    scores, counted = [], []
-    for x_t, masked, entropy in replay(model, trajectories, mask_id=mask_id):
-        if eos_id is not None:
-            masked = masked & ((x_t == eos_id).cumsum(1) == 0)
-        scores.append(trajectory_discrimination_score(entropy, masked))
-        counted.append(masked.sum(1) >= 2)
-    return torch.stack(scores, 1), torch.stack(counted, 1)
+CHOICES = {"layouts": (1, 3), "split": ("validation", "test"), "collect_order": ORDERS,
+           "rollout_filter": ("working", "answer", "none", "wrong"), "style": ("own", "other"),
+           "ranks": ("recorded", "shuffled", "reversed", "swapped", "relaid"),
+           "prior": ("none", "kept", "contrast")}
+HEADS = 8
+NAMES = list(Config.__dataclass_fields__)
+SHARED, OWN = NAMES[:NAMES.index("queries")], NAMES[NAMES.index("queries"):]
+# Learning rates: the best of 5e-5, 1e-4, 2e-4, 5e-4, 1e-3 for each arm, on validation prompts.
+ARMS = {"No-SFT": {}, "SFT-GT": {}, "SFT-SD": {}, "dInfer": {}, "T3D": {}, "trajectory": {},
+        "TABOM": {"learning_rate": 5e-5}}
+DEFAULT_ARMS = ("No-SFT", "No-SFT:prior=kept", "No-SFT:prior=contrast", "SFT-GT",
+                "SFT-GT:style=own", "SFT-SD", "dInfer", "T3D", "trajectory",
+                "TABOM:rank_weight=1,margin=0.2", "TABOM", "TABOM:ranks=shuffled")
+QUICK = {"pretrain_updates": 150, "test_problems": 20, "samples": 2, "queries": 200,
+         "rollout_filter": "none", "updates": 20}
 
-# == 9. Trajectories from and to files =============================================================
+def read_settings(assignments):
+    """["name=value", ..] -> {name: value}, of the type that the setting has."""
+    values = {}
+    for name, _, text in (assignment.partition("=") for assignment in assignments):
+        if name not in NAMES:
+            raise DemoError(f"there is no setting {name!r}, only {', '.join(NAMES)}.")
+        try:
+            values[name] = type(getattr(Config, name))(text)
+        except ValueError as error:
+            raise DemoError(f"{name} cannot be {text!r}.") from error
+    return values
 
-def from_decoding_order(prompt, response, decoding_order, entropy=None):
-    """Trajectories from other people's data: the step at which each position was written.
+def read_arm(name, common):
+    """"TABOM:margin=0.3,rounds=2" -> "TABOM" and its Config; common: {name: value} of --set."""
+    arm, _, own = name.partition(":")
+    own = read_settings(own.split(",") if own else [])
+    if arm not in ARMS:
+        raise DemoError(f"there is no arm {arm!r}, only {', '.join(ARMS)}.")
+    if not own.keys() <= set(OWN):
+        raise DemoError(f"{name}: an arm can set {', '.join(OWN)}; the others need --set.")
+    return arm, Config(**{**ARMS[arm], **common, **own})
 
-    decoding_order (B, N), lists or tensor: counts up from the first step; -1 = never decoded.
-    Equal steps are ordered by entropy (B, N) if there is one, else by position.
-    """
-    step = torch.as_tensor(decoding_order, device=response.device)
-    require(step.shape == response.shape and not step.is_floating_point(), "decoding_order must "
-            f"hold one whole number for each token of {tuple(response.shape)}.")
-    entropy = torch.zeros(step.shape) if entropy is None else torch.as_tensor(entropy)
-    entropy = entropy.to(step.device, torch.float32)
-    return Trajectories(prompt, response, ranks_from_steps(step.long(), entropy), entropy)
-
-def validate(trajectories, mask_id, vocabulary_size):
-    """Look at every value and raise ValueError for a wrong one.  Call it once per data set: the
-    losses check shapes and settings only, since to look at values makes a GPU wait."""
-    prompt, response, decode_rank, entropy = vars(trajectories).values()
-    n, valid = response.shape[1], decode_rank >= 0
-    sorted_rank = torch.arange(n, device=response.device) - (n - valid.sum(1, keepdim=True))
-    require((decode_rank.sort(1).values == sorted_rank.clamp(min=-1)).all(),
-            "decode_rank must hold 0 .. n-1 once each in every row, and -1 elsewhere.")
-    for name, tokens, ranked in (("prompt", prompt, True), ("response", response, valid)):
-        is_mask = tokens == mask_id              # allowed where nothing is ranked
-        require(not (is_mask & ranked).any(), f"the {name} contains mask_id ({mask_id}).")
-        require((is_mask | (tokens >= 0) & (tokens < vocabulary_size)).all(),
-                f"the {name} contains a token outside of 0 .. {vocabulary_size - 1}.")
-    require(entropy.isfinite().all() and (entropy >= 0).all(), "an entropy is negative or nan.")
-
-# ==== The method ends here.  Below: the demo, a small model on synthetic arithmetic ===============
-import math
-import os
-import sys
-import time
-from functools import partial
-from torch import nn
-from tqdm import tqdm
-
-try:
-    import toy_data              # the problems, the settings with their reasons, what is printed
-    from toy_data import DemoError
-except ModuleNotFoundError:      # this file was copied alone: all but the demo works
-    toy_data = None
-
-# == 10. The denoiser ==============================================================================
+# == 11. The denoiser ==============================================================================
 # A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
 
 class Denoiser(nn.Module):
@@ -495,272 +597,444 @@ class Denoiser(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary_size + 1, width)
         self.position = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu",
-                                       batch_first=True, norm_first=True) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width),
+                                            enable_nested_tensor=False)
         self.head = nn.Linear(width, vocabulary_size, bias=False)
-        for weight in self.parameters():
+        for name, weight in self.named_parameters():
             if weight.dim() > 1:                 # with GPT-2's 0.02 it learns more slowly
-                nn.init.normal_(weight, std=width ** -0.5)
+                nn.init.normal_(weight, std=0.05 if "blocks" in name else 0.1)
 
     def forward(self, tokens):
         x = self.token(tokens) + self.position.weight[:tokens.shape[1]]  # (B, L+N, D)
-        for block in self.blocks:
-            x = block(x)                         # attends to both sides: there is no causal mask
-        return self.head(self.norm(x))                                   # (B, L+N, V)
+        return self.head(self.blocks(x))         # (B, L+N, V); no causal mask: both sides are seen
 
-# == 11. One training loop for pretraining and for every arm =======================================
+# == 12. One training loop for pretraining and for every arm =======================================
+
+PURPOSES = ("batches", "masks", "collect", "data", "evaluate")
 
 def random_stream(seed, purpose, device="cpu"):
     """A generator for each (seed, purpose): one never shifts another, so arms are paired."""
-    purposes = ("batches", "masks", "collect", "references", "evaluate")
-    return torch.Generator(device).manual_seed(len(purposes) * seed + purposes.index(purpose))
+    return torch.Generator(device).manual_seed(len(PURPOSES) * seed + PURPOSES.index(purpose))
 
 # A bar on stderr for what takes longer than two seconds, if it is a terminal.
 progress = partial(tqdm, leave=False, delay=2, disable=None)
 
-def train(model, data, loss_fn, *, updates, batch_size, learning_rate, warmup, seed, label,
-          weight=None, loss_lines=0):
-    """AdamW with warm-up, cosine decay and clipping -> the model, trained in place.
-    weight (n,): odds of drawing each row; loss_lines: how many lines to print on the way."""
+def say(text):
+    tqdm.write(text, file=sys.stdout)            # above the bar
+    sys.stdout.flush()
+
+def train(model, data, loss_fn, optimizers, *, updates, batch_size, warmup, seed, label,
+          odds=None, n_lines=2):
+    """Train in place, with warm-up, cosine decay and clipping.  odds (n,) of drawing each row;
+    n_lines: how often the mean metrics are printed."""
     device = data.response.device
     batches, masks = random_stream(seed, "batches"), random_stream(seed, "masks", device)
-    weight = torch.ones(len(data)) if weight is None else weight
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(
-        (update + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * update / updates)))
+    odds = torch.ones(len(data)) if odds is None else odds
+    def rate(update):
+        return min((update + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * update / updates))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, rate) for one in optimizers]
     model.train()
+    seen = []                                    # metrics since the last line
     for update in progress(range(1, updates + 1), label):
-        rows = torch.multinomial(weight, batch_size, replacement=True, generator=batches).to(device)
-        loss, _ = loss_fn(model, data[rows], mask_id=toy_data.MASK_ID, generator=masks)
-        optimizer.zero_grad()
+        rows = torch.multinomial(odds, batch_size, replacement=True, generator=batches).to(device)
+        loss, metrics = loss_fn(model, data[rows], mask_id=toy.MASK_ID, generator=masks)
+        if not loss.isfinite():
+            raise DemoError(f"{label}: the loss became {loss.item()} at update {update}: lower its "
+                            "learning_rate, margin or rank_weight.")
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if loss_lines and update % max(1, updates // loss_lines) == 0:
-            tqdm.write(f"    update {update:5d}  loss {loss.item():.3f}")
-    return model.eval()
+        for step in (*optimizers, *schedules):
+            step.step()
+        seen.append(torch.stack([*metrics.values()]))
+        if update % max(1, updates // n_lines) == 0:
+            say(f"    {label}, update {update}: " + ", ".join(
+                f"{name} {mean:.3f}" for name, mean in zip(metrics, torch.stack(seen).mean(0))))
+            seen = []
+    model.eval()
 
-# == 12. Self-distillation and the arms ============================================================
-# The base answers the queries of the new domain and a checker keeps what is right: that is all the
-# data there is.  SFT-GT gets a reference solution for the query of every kept answer instead.
+def pretrain(model, config, corpus, odds, seed):
+    """Eq. 1 on the corpus.  Muon for the matrices of the blocks, AdamW for all else."""
+    matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
+    others = [weight for name, weight in model.named_parameters()
+              if weight.dim() < 2 or not name.startswith("blocks")]
+    optimizers = [torch.optim.Muon(matrices, lr=1e-2),
+                  torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.98))]
+    train(model, corpus, nelbo_loss, optimizers, updates=config.pretrain_updates, batch_size=64,
+          warmup=100, seed=seed, label="pretraining", odds=odds, n_lines=6)
 
-ARMS = ("SFT-GT", "SFT-SD", "dInfer", "T3D", "trajectory", "TABOM")
+# == 13. Self-distillation, and what each arm makes of it ==========================================
+# The model answers queries and a checker keeps what is right: that is all the data there is.
 
-def arm_loss(arm, model, config):
-    """The loss of an arm; SFT-GT and SFT-SD: Eq. 1."""
-    return {"dInfer": dinfer_loss,
-            "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
-            "trajectory": partial(trajectory_loss, window_size=config.window_size),
-            "TABOM": partial(tabom_loss, window_size=config.window_size, margin=config.margin,
-                             rank_weight=config.rank_weight)}.get(arm, nelbo_loss)
+def halves(rows):
+    """Rows of the toy (n, L+N) -> prompt (n, L), response (n, N)."""
+    return rows.split([toy.PROMPT_LENGTH, toy.RESPONSE_LENGTH], 1)
 
-def as_trajectories(prompt, response, given):
-    """Solutions as Trajectories.  Nobody decoded them, so their ranks just count from the left."""
-    return from_decoding_order(prompt, response, -given.long())
+def rows_of(trajectories):
+    return torch.cat([trajectories.prompt, trajectories.response], 1)
 
-def reorder(trajectories, how, generator):
-    """Controls: the same responses with "reversed" ranks, or "shuffled" within each of them."""
-    rank = trajectories.decode_rank
-    shuffled = torch.rand(rank.shape, generator=generator, device=rank.device)
-    turn = {"recorded": rank, "reversed": -rank, "shuffled": shuffled}[how]
-    step = rank_in_row(turn).masked_fill(rank < 0, -1)
-    return replace(trajectories, decode_rank=ranks_from_steps(step, trajectories.entropy))
+def solved(rows):
+    """Solved rows as Trajectories.  Nobody decoded them: their ranks count from the left."""
+    return from_decoding_order(*halves(rows), -toy.is_given(rows).long())
 
-def answer(model, domain, problems, generator, **settings):
-    """Decode problems (n, 2) -> Trajectories, correct (n,) bool.  Settings as in `decode`."""
+def answer(model, problems, generator=None, **settings):
+    """Decode problems (n, L+N) -> Trajectories, correct (n,) bool.  Settings as in `decode`."""
     parts = []
-    for some in progress(problems.split(1000), f"decoding {domain}"):
-        prompt, response, given = toy_data.write_solutions(domain, *some.unbind(1))
-        template = response.masked_fill(~given, toy_data.MASK_ID)
-        parts.append(decode(model, prompt, response.shape[1], mask_id=toy_data.MASK_ID,
-                            given=template, generator=generator, **settings))
-    answers = Trajectories(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
-    return answers, toy_data.is_correct(domain, answers.prompt, answers.response)
+    for prompt, given in map(halves, progress(problems.split(1000), "decoding")):
+        parts.append(decode(model, prompt, given.shape[1], mask_id=toy.MASK_ID, given=given,
+                            generator=generator, **settings))
+    answers = Trajectories.cat(parts)
+    return answers, toy.is_correct(rows_of(answers))
 
-def self_distil(base, problems, config, seed):
-    """Def. 1 -> the answers the checker keeps (Trajectories), and the problem of each (n, 2)."""
-    asked = problems[torch.arange(config.queries, device=problems.device) % len(problems)]
-    rollouts, _ = answer(base, config.new_domain, asked,
-                         random_stream(seed, "collect", problems.device),
-                         temperature=config.collect_temperature, order=config.collect_order)
-    keep = toy_data.is_valid(config, rollouts.prompt, rollouts.response)
-    keep = toy_data.first_of_each(keep, len(problems), config.answers_per_problem)
+def self_distil(model, queries, config, seed):
+    """Def. 1 -> rollouts (Trajectories), correct (n,) bool, kept (Trajectories)."""
+    groups = [queries[toy.n_choices(queries) == c] for c in toy.CHOICES]
+    each = torch.arange(-(-config.queries // len(groups)), device=queries.device)
+    asked = torch.cat([group[each % len(group)] for group in groups])    # as many for each c
+    rollouts, correct = answer(
+        model, asked, random_stream(seed, "collect", queries.device), order=config.collect_order,
+        order_temperature=config.collect_order_temperature, temperature=config.collect_temperature)
+    keep = {"working": correct & toy.working_is_right(rows_of(rollouts)), "answer": correct,
+            "wrong": ~correct, "none": torch.ones_like(correct)}[config.rollout_filter]
     if keep.sum() < 16:
-        raise DemoError(f"only {keep.sum()} of {config.queries} rollouts are valid, too few to "
-                        "train on: raise pretrain_updates or queries with --set.")
-    return rollouts[keep], asked[keep]
+        raise DemoError(f"only {keep.sum()} of {len(keep)} rollouts are kept, too few to train on: "
+                        "raise pretrain_updates or queries, or set another rollout_filter.")
+    return rollouts, correct, rollouts[keep]
 
-def training_data(arm, distilled, asked, config, seed):
-    """What an arm trains on, row by row for the same problems -> Trajectories."""
+def training_data(arm, kept, config, seed):
+    """What an arm trains on, row by row for the same queries -> Trajectories."""
+    rank, generator = kept.decode_rank, random_stream(seed, "data", kept.prompt.device)
     if arm == "SFT-GT":
-        return as_trajectories(*toy_data.write_references(
-            config.new_domain, asked, config.reference_hand, random_stream(seed, "references")))
-    return reorder(distilled, config.ranks, random_stream(seed, "collect", asked.device))
+        return solved(toy.references(kept.prompt, config.style, generator))
+    if config.ranks == "shuffled":
+        rank = torch.rand(rank.shape, generator=generator, device=rank.device).argsort(1)
+    if config.ranks == "reversed":
+        rank = rank.shape[1] - 1 - rank          # in pick every position is decoded
+    if config.ranks in ("swapped", "relaid"):
+        row = torch.randperm(len(rank), generator=generator, device=rank.device)
+        if config.ranks == "relaid":             # the last token of a prompt names its layout
+            row = row[kept.prompt[row, -1].argsort(stable=True)]
+        rank = torch.empty_like(rank).index_copy(0, row, rank[row.roll(1)])
+    return replace(kept, decode_rank=rank)
 
-# == 13. Evaluation ================================================================================
-# Always the last checkpoint.  A new domain of few prompts with many right answers is sampled many
-# times; accuracy is kept per problem, to compare arms in pairs.
+def loss_of(arm, model, config):
+    if arm == "dInfer":
+        return dinfer_loss
+    if arm == "T3D":
+        return partial(t3d_loss, reference=LaggedCopy(model))
+    if arm == "trajectory":
+        return partial(trajectory_loss, window_size=config.window_size)
+    if arm == "TABOM":
+        return partial(tabom_loss, window_size=config.window_size, margin=config.margin,
+                       rank_weight=config.rank_weight)
+    return nelbo_loss                            # SFT-GT and SFT-SD
 
-say = partial(print, flush=True)
+# == 14. Evaluation ================================================================================
+# Always the last checkpoint, on prompts that stand in no corpus and in no query.
 
-def percent(correct):
-    return 100 * correct.float().mean().item()
+@dataclass
+class Bench:
+    """What all arms of a seed share."""
+    seed: int
+    base: nn.Module
+    queries: Tensor              # problems of pick, (n, L+N)
+    validation: Tensor           # the same
+    tests: dict                  # {domain: problems}
+    held_out: Trajectories       # kept answers of the base to the validation prompts
+    collected: dict              # what the base gave, for each way of collecting
 
-def take_test(model, domain, problems, config, seed, **settings):
-    """Problems -> Trajectories, correct.  Sampled as in config in the new domain, else greedy."""
-    temperature = 0.0
-    if domain == config.new_domain:
-        problems, temperature = problems.repeat_interleave(config.samples, 0), config.temperature
-    return answer(model, domain, problems, random_stream(seed, "evaluate", problems.device),
-                  temperature=temperature, **settings)
+def first_of_each(problems, count, choices):
+    n_choices = toy.n_choices(problems)
+    return torch.cat([problems[n_choices == c][:count] for c in choices])
 
-def evaluate(model, tests, held_out, config, seed):
-    """All figures of one model, and its answers (Trajectories, correct) in the new domain."""
-    new = config.new_domain
-    answers, correct = take_test(model, new, tests[new], config, seed)
-    two_tokens = take_test(model, new, tests[new], config, seed, tokens_per_step=2)[1]
-    best_order = take_test(model, new, tests[new], config, seed, order=toy_data.BEST_ORDER)[1]
-    old = {domain: percent(take_test(model, domain, problems, config, seed)[1])
-           for domain, problems in tests.items() if domain != new}
-    score, counted = discrimination_curve(model, answers, mask_id=toy_data.MASK_ID)
-    curve = (score * counted).sum(0) / counted.sum(0)                    # nan where no state counts
+def evaluate(model, bench, config, order="entropy"):
+    """Every figure of one model that decodes in an order."""
+    pick, device, mask_id = bench.tests["pick"], bench.queries.device, toy.MASK_ID
+    def ask(problems, **settings):               # always the same draws
+        return answer(model, problems, random_stream(bench.seed, "evaluate", device), **settings)
+    answers, correct = ask(pick, order=order)
+    by_c = toy.by_choices(pick, correct)
+    several = first_of_each(pick, 30, toy.CHOICES[1:]).repeat_interleave(config.samples, 0)
+    sampled, right = ask(several, order=order, temperature=1.0)
+    two_tokens = ask(pick, order=order, tokens_per_step=2)[1]
+    skill = ask(pick, order=toy.best_order, temperature=1.0)[1]
+    score, counted = discrimination_curve(model, answers, mask_id=mask_id)
     with torch.no_grad():
-        _, metrics = trajectory_loss(
-            model, held_out, mask_id=toy_data.MASK_ID, window_size=config.window_size,
-            generator=random_stream(seed, "masks", held_out.response.device))
-    factors, effective = toy_data.count_factors(answers.response, answers.decode_rank)
-    figures = {
-        "new": percent(correct), **old, "old": sum(old.values()) / len(old),
-        "2 tok": percent(two_tokens), "TDS": score[counted].mean().item(),
-        "pairs": 100 * metrics["pair_accuracy"].item(),
-        "gap": percent(best_order) - percent(correct),
-        "turn": 1 + answers.decode_rank[:, toy_data.FACTOR].float().mean().item(),
-        "factors": factors, "effective": effective,
-        "TDS curve": curve[counted.any(0)].tolist(),
-        "per problem": [percent(samples) for samples in correct.split(config.samples)],
-        "pass@k": toy_data.pass_at(correct.view(-1, config.samples))}
-    return figures, (answers, correct)
+        _, ranking = trajectory_loss(
+            model, bench.held_out, mask_id=mask_id, window_size=config.window_size,
+            generator=random_stream(bench.seed, "masks", device))
+    return {"greedy": by_c["all"], "by c": by_c, "sampled": toy.by_choices(several, right)["all"],
+            "2 tokens": toy.by_choices(pick, two_tokens)["all"],
+            "best order": toy.by_choices(pick, skill)["all"],
+            "old": {domain: 100 * ask(problems, order=order)[1].float().mean().item()
+                    for domain, problems in bench.tests.items() if domain != "pick"},
+            "effective factors": toy.effective_factors(rows_of(sampled), right, config.samples),
+            **toy.factor_figures(rows_of(answers), answers.decode_rank),
+            "TDS": score[counted].mean().item(),                         # Eq. 11
+            "pair accuracy": 100 * ranking["pair_accuracy"].item()}
 
-# == 14. The demo ==================================================================================
+@torch.no_grad()
+def why_order_matters(base, pick, seed):
+    """Right answers of the base to pick by order of decoding, and the entropy gap; each by c."""
+    best, by_c = {"order": toy.best_order}, {}
+    orders = {"entropy": {}, "confidence": {"order": "confidence"}, "margin": {"order": "margin"},
+              "left to right": {"block_length": 1}, "right to left": {"order": -torch.arange(12)},
+              **{f"blocks of {length}": {"block_length": length} for length in (2, 3, 4, 6)},
+              "random": {"order": "random"}, "best": best,
+              "best, sampled": {**best, "temperature": 1.0}}
+    for name, settings in orders.items():
+        correct = answer(base, pick, random_stream(seed, "evaluate", pick.device), **settings)[1]
+        by_c[name] = toy.by_choices(pick, correct)
+    start = predictive_entropy(response_logits(base, *halves(pick)))     # (n, N)
+    return {"orders": {name: row["all"] for name, row in by_c.items()}, "orders by c": by_c,
+            "entropy gap": toy.by_choices(pick, toy.entropy_gap(pick, start))}
 
-def pretrained(config, seed, splits, device, bases):
-    """The base of a seed: from `bases` {seed: weights} if it is there, else trained and added."""
-    torch.manual_seed(seed)                      # the initial weights
-    model = Denoiser(len(toy_data.VOCABULARY), toy_data.PROMPT_LENGTH + toy_data.RESPONSE_LENGTH,
-                     config.layers, config.width, config.heads).to(device)
-    say(f"    {sum(weight.numel() for weight in model.parameters()):,} parameters")
-    if seed in bases:
-        model.load_state_dict(bases[seed])
-        return model.eval()
-    *corpus, weight = toy_data.pretraining_corpus(config.new_domain, splits)
-    train(model, as_trajectories(*corpus).to(device), nelbo_loss, updates=config.pretrain_updates,
-          batch_size=config.pretrain_batch, learning_rate=config.pretrain_learning_rate, warmup=100,
-          seed=seed, label="pretraining", weight=weight, loss_lines=6)
-    bases[seed] = model.state_dict()
-    return model
+PRIOR_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # nats for each rank that a position waits
 
-def run_seed(config, seed, arms, device, bases):
-    """The whole chain once -> every figure of the run; the weights of the TABOM model or None."""
-    started, new, mask_id = time.time(), config.new_domain, toy_data.MASK_ID
+def prior_order(bench, rollouts, correct, kept, kind):
+    """No training: entropies plus a weight times the mean rank of each position -> order, weight,
+    the best on validation prompts."""
+    rank = kept.decode_rank.float().mean(0)                              # (N,)
+    if kind == "contrast" and not correct.all():
+        rank = rank - rollouts[~correct].decode_rank.float().mean(0)
+    def order_of(weight):
+        return lambda logits, tokens: predictive_entropy(logits) + weight * rank
+    def right(weight):
+        correct = answer(bench.base, bench.validation, order=order_of(weight))[1]
+        return toy.by_choices(bench.validation, correct)["all"]
+    best = max(PRIOR_WEIGHTS, key=right)
+    return order_of(best), best
+
+# == 15. The demo ==================================================================================
+
+def run_arm(name, arm, config, bench):
+    """Collect, tune, evaluate, `rounds` times -> figures, model."""
+    model, order, weight, rounds = copy.deepcopy(bench.base), "entropy", None, []
+    for round_number in range(config.rounds):
+        seed = bench.seed + round_number * 2 ** 33                       # other draws in each round
+        way = (round_number, config.queries, config.rollout_filter, config.collect_order,
+               config.collect_order_temperature, config.collect_temperature)
+        collected = bench.collected.get(way) or self_distil(model, bench.queries, config, seed)
+        if round_number == 0:                    # with the base: once for all arms
+            bench.collected[way] = collected
+        kept = collected[-1]
+        if config.prior != "none":
+            order, weight = prior_order(bench, *collected, config.prior)
+        if arm != "No-SFT":
+            optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate,
+                                          betas=(0.9, 0.98))
+            train(model, training_data(arm, kept, config, seed), loss_of(arm, model, config),
+                  [optimizer], updates=config.updates, batch_size=config.batch_size, warmup=20,
+                  seed=seed, label=name)
+        figures = evaluate(model, bench, config, order)
+        rounds.append({"kept": len(kept), **{figure: figures[figure] for figure in (
+            "greedy", "sampled", "best order", "effective factors")}})
+    return {"settings": settings_of(config, OWN), **figures, "prior weight": weight,
+            "rounds": rounds}, model
+
+def film(model, problem):
+    """How a model decodes one problem (1, L+N), state by state, as text."""
+    trajectory, _ = answer(model, problem)
+    states = replay(model, trajectory, mask_id=toy.MASK_ID)
+    return toy.draw_trajectory(rows_of(trajectory)[0], trajectory.decode_rank[0],
+                               [entropy[0] for _, _, entropy in states])
+
+def run_seed(config, seed, arms, device, folder):
+    """The whole chain of one seed -> every figure; what is finished is stored at once.
+    arms: {name: (arm, Config)}."""
+    started = time.time()
     def stage(title):
         say(f"\n[{time.time() - started:4.0f} s] {title}")
 
-    kept = " (kept in the base file)" if seed in bases else ""
-    stage(f"Seed {seed}. Pretrain by the book (Eq. 1): {config.pretrain_updates} updates{kept}")
-    splits = toy_data.split_problems(new, seed)
-    base = pretrained(config, seed, splits, device, bases)
-    tests = {domain: parts[config.split][:config.test_problems].to(device)
-             for domain, parts in splits.items()}
-    stage("Why order matters: right answers of the base in percent, by order of decoding")
-    by_order = {domain: [percent(take_test(base, domain, problems, config, seed, order=order)[1])
-                         for order in toy_data.SHOWN_ORDERS.values()]
-                for domain, problems in tests.items()}
-    say(toy_data.orders_table(new, by_order))
-    stage("A trajectory: the base multiplies, the easiest position first (Eq. 2)")
-    trajectory, _ = answer(base, "mul", tests["mul"][:1], None)
-    entropies = [entropy[0] for _, _, entropy in replay(base, trajectory, mask_id=mask_id)]
-    say(toy_data.draw_trajectory(trajectory, entropies))
-    stage(f"Self-distillation (Def. 1): {config.queries} queries, {config.collect_order} order")
-    queries = splits[new]["query"].to(device)
-    distilled, asked = self_distil(base, queries, config, seed)
-    reference = training_data("SFT-GT", distilled, asked, config, seed)
-    held_out = (asked[:, None] == queries[::8]).all(2).any(1)            # every eighth problem
-    say(f"    {len(distilled)} answers kept, {(~held_out).sum()} of them to train on\n"
-        "    how unlikely responses are to the base: nats per masked token, by share (Fig. 3)")
-    ratios = [ratio / 10 for ratio in range(1, 10)]
-    with torch.no_grad():
-        own_nll, reference_nll = (
-            [nelbo_loss(base, data[held_out], mask_id=mask_id, mask_ratio=ratio,
-                        generator=random_stream(seed, "masks", device))[0].item()
-             for ratio in ratios] for data in (distilled, reference))
-    say(toy_data.likelihood_table(ratios, own_nll, reference_nll))
-    stage(f"Fine-tune: same base, same batch order, {config.updates} updates, last checkpoint")
-    results, answers, tuned = {}, {}, None
-    for name in dict.fromkeys(("No-SFT", *arms)):                        # the base first
-        arm, own = toy_data.read_arm(name, config, ARMS)                 # own: its settings
-        model = copy.deepcopy(base)
-        if arm != "No-SFT":
-            rows = ~held_out & toy_data.has_common_factor(distilled.response, own.common_factors)
-            data = training_data(arm, distilled, asked, own, seed)[rows]
-            train(model, data, arm_loss(arm, model, own), updates=own.updates,
-                  batch_size=own.batch_size, learning_rate=own.learning_rate,
-                  warmup=own.warmup, seed=seed, label=name)
-            for weight, start in zip(model.parameters(), base.parameters()):   # part of the way
-                weight.data.lerp_(start.data, 1 - own.tuned_share)
-        results[name], answers[name] = evaluate(model, tests, distilled[held_out], own, seed)
-        if name != "No-SFT":
-            results[name]["change"] = toy_data.compare(results[name], results["No-SFT"])
-        tuned = model.state_dict() if name == "TABOM" else tuned
-        say(f"    {name:20}  new {results[name]['new']:5.1f}  old {results[name]['old']:5.1f}")
-    text, claims = toy_data.report(results, answers, own_nll, reference_nll)
-    say(text)
-    return {"arms": results, "mask ratios": ratios, "self-distilled nll": own_nll,
-            "reference nll": reference_nll, "valid": len(distilled),
-            "claims": claims, "seconds": time.time() - started}, tuned
+    run, weights = load(folder, seed, config, arms)
+    corpus, odds, problems = toy.split_problems(seed, config.layouts)
+    problems = {domain: {part: rows.to(device) for part, rows in parts.items()}
+                for domain, parts in problems.items()}
+    tests = {domain: first_of_each(parts[config.split], config.test_problems, toy.CHOICES if
+                                   domain == "pick" else [0]) for domain, parts in problems.items()}
+    pick, validation = tests["pick"], problems["pick"]["validation"]
 
-# == 15. The command line ==========================================================================
+    stage(f"Seed {seed}: pretrain by the book (Eq. 1)")
+    torch.manual_seed(seed)                      # the initial weights
+    base = Denoiser(len(toy.VOCABULARY), pick.shape[1], config.layers, config.width, HEADS)
+    base.to(device)
+    if weights:
+        say("    not again: the base is there")
+        base.load_state_dict(weights["base"])
+    else:
+        pretrain(base, config, solved(corpus).to(device), odds, seed)
+        weights = {"settings": settings_of(config, SHARED), "base": base.state_dict()}
+        save(folder, f"seed-{seed}.pt", lambda file: torch.save(weights, file))
+    base.eval()
+
+    stage("Why order matters: right answers of the base to pick in percent, by order of decoding")
+    if not run:
+        run = {"seed": seed, "settings": settings_of(config, SHARED), "made by": made_by(device),
+               **why_order_matters(base, pick, seed), "arms": {}}
+    say(toy.orders_table(run["orders by c"], run["entropy gap"]))
+    shown = first_of_each(pick, len(pick), [4])
+    shown = shown[answer(base, shown)[1].int().argsort(stable=True)[:1]]
+    stage("The first prompt with four digits to choose from that the base gets wrong")
+    say(film(base, shown))
+
+    stage("Fine-tune: same base, same batch order, same number of updates, last checkpoint")
+    say("    T3D's preference is 1.040 while model and reference agree; the reference catches up\n"
+        "    every 10 updates, so it hardly moves, and T3D acts like masking with falling weights")
+    held_out = self_distil(base, validation, replace(config, queries=1000), seed)[-1]
+    bench = Bench(seed, base, problems["pick"]["query"], validation, tests, held_out, {})
+    for name, (arm, own) in arms.items():
+        if name in run["arms"]:
+            say(f"    {name}: not again, its figures are there")
+            continue
+        run["arms"][name], model = run_arm(name, arm, own, bench)
+        say(f"    {name}: {run['arms'][name]['greedy']:.1f} percent of pick")
+        if name == "TABOM":
+            weights["TABOM"] = model.state_dict()
+            save(folder, f"seed-{seed}.pt", lambda file: torch.save(weights, file))
+        text = json.dumps(run, indent=1).encode()
+        save(folder, f"seed-{seed}.json", lambda file: file.write(text))
+    if "TABOM" in weights:
+        stage("The same prompt, as TABOM decodes it")
+        base.load_state_dict(weights["TABOM"])
+        say(film(base, shown))
+    return run
+
+def report(runs):
+    """The tables of one or several seeds as text; differences between arms are paired by seed."""
+    names = list(dict.fromkeys(name for run in runs for name in run["arms"]))
+    figures = {name: [run["arms"][name] for run in runs if name in run["arms"]] for name in names}
+    pairs = [(name, "No-SFT") for name in names if name != "No-SFT"]
+    pairs += [("TABOM", name) for name in names if name not in ("No-SFT", "TABOM")]
+    paired = {f"{one} - {other}": [(run["arms"][one], run["arms"][other]) for run in runs
+                                   if {one, other} <= run["arms"].keys()] for one, other in pairs}
+    return toy.report(figures, [run["entropy gap"] for run in runs], paired)
+
+# == 16. The command line, and one folder for a run ================================================
+
+def settings_of(config, names):
+    return {name: getattr(config, name) for name in names}
+
+def made_by(device):
+    """Shown beside the figures, never compared."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+def save(folder, name, write):
+    """write(file) fills a file that takes its place when it is whole.  No folder: nothing."""
+    if folder is None:
+        return
+    unfinished = folder / f".{name}.{os.getpid()}"
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+        unfinished.replace(folder / name)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+def read_stored(path):
+    """A seed-N.json or seed-N.pt of ours -> its content."""
+    try:
+        content = (json.loads(path.read_bytes()) if path.suffix == ".json"
+                   else torch.load(path, map_location="cpu", weights_only=True))
+        dict(content["settings"]), dict(content["arms" if path.suffix == ".json" else "base"])
+    except OSError:
+        raise
+    except Exception as error:                   # json and torch have many words for "not ours"
+        raise DemoError(f"{path} was not written by this program: name another folder.") from error
+    return content
+
+def check_same(path, what, made_with, config):
+    for name, value in made_with.items():
+        if value != getattr(config, name, None):
+            raise DemoError(f"{path}: {what} was made with {name}={value}, not "
+                            f"{getattr(config, name, None)}: name another folder.")
+
+def load(folder, seed, config, arms):
+    """Figures and weights of a seed, {} where nothing is stored; other settings are refused."""
+    figures, weights = ({} if folder is None or not path.exists() else read_stored(path) for path in
+                        (Path(folder or "", f"seed-{seed}.{kind}") for kind in ("json", "pt")))
+    path = Path(folder or "", f"seed-{seed}")
+    for stored in (figures, weights):
+        check_same(path, "the base", stored.get("settings", {}), config)
+    for name in arms.keys() & figures.get("arms", {}).keys():
+        check_same(path, name, figures["arms"][name]["settings"], arms[name][1])
+    if figures and not weights:
+        raise DemoError(f"{path}.json has figures, but its base, {path}.pt, is gone: name another "
+                        "folder.")
+    return figures, weights
 
 def demo(options):
-    """Check everything first, then run the seeds; all files are written anew after each."""
-    config = toy_data.make_config(options.set, options.quick)
-    toy_data.check_options(options)
-    arms, seeds = options.arms, options.seeds
-    for name in arms:
-        toy_data.read_arm(name, config, ARMS)    # a wrong name or setting is reported here
-    bases = toy_data.load_models(options.base, config) if os.path.exists(options.base or "") else {}
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(toy_data.greeting(hardware, seeds, arms, options.quick))
-    runs, models = {}, {}
-    for seed in seeds:
-        runs[seed], models[seed] = run_seed(config, seed, arms, device, bases)
-        if options.base:
-            toy_data.save_models(options.base, config, bases)
-        if options.save:
-            toy_data.save_models(options.save, config, models)
-        if options.json:
-            toy_data.write_report(options.json, config, seeds, options.quick, hardware, runs)
-    if len(runs) > 1:
-        say(toy_data.report_of_seeds(runs.values()))
-    say(f"\nDone in {sum(run['seconds'] for run in runs.values()) / 60:.1f} minutes on {hardware}.")
+    """Check everything first, then run the seeds."""
+    common = {**(QUICK if options.quick else {}), **read_settings(options.set)}
+    config = Config(**common)
+    arms = {name: read_arm(name, common) for name in options.arms}
+    for given in (options.seeds, options.arms):
+        if len(set(given)) < len(given):
+            raise DemoError(f"{' '.join(map(str, given))}: one of these is named twice.")
+    if not 0 <= min(options.seeds) <= max(options.seeds) < 2 ** 32:
+        raise DemoError("a seed must be from 0 to 4294967295.")
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DemoError(f"--device {options.device}: PyTorch finds no such device here.") from error
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        save(options.out, "writable", lambda file: None)
+        (options.out / "writable").unlink()
+    for seed in options.seeds:
+        load(options.out, seed, config, arms)
+    say(f"TABOM on synthetic arithmetic: {made_by(device)}")
+    if options.quick:
+        say("--quick trains far too little: the figures below mean nothing.")
+    runs = [run_seed(config, seed, arms, device, options.out) for seed in options.seeds]
+    say("\n" + report(runs))
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="tabom.py", description=__doc__.split("\n")[0],
+        epilog=f"Arms: {', '.join(ARMS)}, each also with settings of its own, as in "
+               f"TABOM:margin=0.3,window_size=4.  Settings (section 10 of tabom.py says why): "
+               f"{', '.join(NAMES)}.")
+    add = parser.add_argument
+    add("--demo", action="store_true", help="run the whole chain and compare the arms")
+    add("--quick", action="store_true", help="in about a minute, only to see that it runs")
+    add("--seeds", type=int, nargs="+", default=[0], help="each has a base and problems of its own")
+    add("--arms", nargs="+", default=DEFAULT_ARMS, help=f"default: {' '.join(DEFAULT_ARMS)}")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="for all arms")
+    add("--out", type=Path, metavar="FOLDER", help="keep figures and weights; go on where it was")
+    add("--device", help="cpu or cuda; default: cuda where there is one")
+    add("--report", type=Path, metavar="FOLDER", help="print the tables of a folder; no training")
+    options = parser.parse_args(arguments)
+    used = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    if not used:
+        parser.print_help()
+    elif ("report" in used and len(used) > 1) or not used & {"report", "demo"}:
+        parser.error("start with --demo or --report; --report goes alone")
+    return options
 
 def main(arguments=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    if toy_data is None:
-        print("tabom.py: toy_data.py is missing; it belongs beside tabom.py.", file=sys.stderr)
-        return 2
-    options = toy_data.parse_arguments(arguments, ARMS, __doc__.split("\n")[0])
     try:
-        if options.demo or options.quick:
+        options = parse(arguments)
+        if toy is None:
+            raise DemoError("toy_data.py is missing; it belongs beside tabom.py.")
+        if options.demo:
             demo(options)
-    except DemoError as error:
+        if options.report:
+            paths = sorted(options.report.glob("seed-*.json"), key=lambda path: len(path.name))
+            if not paths:
+                raise DemoError(f"there is no seed-N.json in {options.report}.")
+            say(report([read_stored(path) for path in paths]))
+    except BrokenPipeError:                      # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
         print(f"tabom.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntabom.py: stopped; no file is left half-written.", file=sys.stderr)
+        print("\ntabom.py: stopped; what was finished stays.", file=sys.stderr)
         return 130
     return 0
 
