@@ -1210,7 +1210,7 @@ def test_the_prior_is_the_mean_rank_and_its_weight_the_best_on_validation(monkey
     logits = torch.randn(2, 12, 5)
     asked = []
 
-    def answer(model, problems, order):
+    def answer(model, problems, generator, order):
         asked.append(((order(logits, None) - predictive_entropy(logits))[0], problems is
                       bench.validation))
         return None, torch.full((len(problems),), len(asked) == 4)
@@ -1292,7 +1292,7 @@ def test_the_whole_demo_with_every_arm(tmp_path, capsys):
     assert {"left to right", "blocks of 6", "best", "best, sampled"} <= found["orders"].keys()
     assert found["settings"]["width"] == 8 and "width" not in found["arms"]["TABOM"]["settings"]
     assert found["arms"]["TABOM:rank_weight=1,margin=0.2"]["settings"]["margin"] == 0.2
-    assert found["arms"]["TABOM"]["settings"]["learning_rate"] == 5e-5
+    assert found["arms"]["TABOM"]["settings"]["learning_rate"] == 1e-4
     assert found["arms"]["No-SFT:prior=kept"]["prior weight"] in tabom.PRIOR_WEIGHTS
     assert text.count("step 12") == 2 and "rank_loss" in text and "pair_accuracy" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-0.json", "seed-0.pt"]
