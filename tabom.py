@@ -516,7 +516,7 @@ class Config:
     layouts: int = 3                  # 3: the order depends on the prompt; 1: on positions alone
     layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
     width: int = 96
-    pretrain_updates: int = 6500      # until all but the order is known
+    pretrain_updates: int = 6000      # until all but the order is known
     split: str = "test"               # "validation" for tuning
     test_problems: int = 400          # of add, sub, mul and each c of pick, at most
     samples: int = 16                 # answers to a prompt, to see how wide the choice is
@@ -554,7 +554,7 @@ CHOICES = {"layouts": (1, 3), "split": ("validation", "test"), "collect_order": 
            "rollout_filter": ("working", "answer", "none", "wrong"), "style": ("own", "other"),
            "ranks": ("recorded", "shuffled", "reversed", "swapped", "relaid"),
            "prior": ("none", "kept", "contrast")}
-HEADS = 8
+HEADS = 4
 NAMES = list(Config.__dataclass_fields__)
 SHARED, OWN = NAMES[:NAMES.index("queries")], NAMES[NAMES.index("queries"):]
 # Learning rates: the best of 1e-4, 2e-4, 5e-4 that keeps the other domains, on validation prompts.
@@ -661,7 +661,7 @@ def pretrain(model, config, corpus, odds, seed):
     others = [weight for name, weight in model.named_parameters()
               if weight.dim() < 2 or not name.startswith("blocks")]
     optimizers = [torch.optim.Muon(matrices, lr=1e-2),
-                  torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.98))]
+                  torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.98), fused=True)]
     train(model, corpus, nelbo_loss, optimizers, updates=config.pretrain_updates, batch_size=64,
           warmup=100, seed=seed, label="pretraining", odds=odds, n_lines=6)
 
@@ -823,7 +823,7 @@ def run_arm(name, arm, config, bench):
             order, weight = prior_order(bench, *collected, config.prior)
         if arm != "No-SFT":
             optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate,
-                                          betas=(0.9, 0.98))
+                                          betas=(0.9, 0.98), fused=True)
             train(model, training_data(arm, kept, config, seed), loss_of(arm, model, config),
                   [optimizer], updates=config.updates, batch_size=config.batch_size, warmup=20,
                   seed=seed, label=name)

@@ -1350,7 +1350,7 @@ def test_rounds_collect_with_the_tuned_model(tmp_path, monkeypatch):
     (["--set", "margin=nan"], "margin must be from 0.0"),
     (["--set", "queries=" + 21 * "9"], "queries must be from 1"),
     (["--set", "layouts=2"], "layouts must be one of 1, 3, not 2"),
-    (["--set", "width=10"], "width must be a multiple of 8"),
+    (["--set", "width=10"], "width must be a multiple of 4"),
     (["--set", "width=100000"], "layers * width ** 2"),
     (["--arms", "DPO"], "there is no arm 'DPO'"),
     (["--arms", "TABOM:width=8"], "an arm can set"),
