@@ -1074,7 +1074,7 @@ def test_report_shows_means_spread_and_paired_differences():
                                           "SFT-SD": figures(51.0)}}]
     lines = [line.split() for line in tabom.report(runs).splitlines()]
     assert "No-SFT 2 45.0 7.1 10.0 20.0 90.0 99.0 98.0 97.0".split() in lines
-    assert "SFT-SD 1 51.0 0.0 10.0 20.0 90.0 99.0 98.0 97.0".split() in lines
+    assert "SFT-SD 1 51.0 10.0 20.0 90.0 99.0 98.0 97.0".split() in lines
     assert "TABOM 4.25 50.0 6.5 0.223 60.0".split() in lines
     assert "TABOM 60.0 59.0 58.0 57.0 56.0".split() in lines
     assert "entropy gap, nats 0.10 0.20 0.30 0.40 0.50".split() in lines
@@ -1139,6 +1139,11 @@ def test_every_figure_of_a_model_that_is_known_by_heart():
     assert found["factor turn"] == pytest.approx(turn) and found["pair accuracy"] == 100
     assert calls.count(15) == 12 + 12 + 6 + 13       # greedy, best order, 2 tokens, TDS; 15 prompts
     assert calls.count(12 * 4) == 12 and calls.count(3) == 3 * 10        # sampled; three domains
+
+def test_tds_is_the_mean_of_the_states_that_count(monkeypatch):
+    bench, scores = tiny_bench(n=1), torch.tensor([[1.0, 2.0], [3.0, 100.0]])
+    monkeypatch.setattr(tabom, "discrimination_curve", lambda *_, **__: (scores, scores < 50))
+    assert tabom.evaluate(bench.base, bench, tabom.Config(samples=1))["TDS"] == 2
 
 def test_collecting_asks_as_often_for_each_c_and_keeps_by_filter():
     bench = tiny_bench()

@@ -300,7 +300,7 @@ def report(figures, gaps, paired):
     old = [[mean(rows, lambda row: row["old"][domain]) for rows in figures.values()]
            for domain in ("add", "sub", "mul")]
     seeds = [len(rows) for rows in figures.values()]
-    spread = [torch.tensor([row["greedy"] for row in rows]).std(correction=len(rows) > 1).item()
+    spread = [torch.tensor([row["greedy"] for row in rows]).std().item() if len(rows) > 1 else ""
               for rows in figures.values()]
     gains = table(["arm", "seeds", "greedy", "± sd", "2 tokens", "sampled", "best order", "add",
                    "sub", "mul"], zip(arms, seeds, column("greedy"), spread, column("2 tokens"),
