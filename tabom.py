@@ -980,9 +980,13 @@ def demo(options):
     except (RuntimeError, AssertionError) as error:
         raise DemoError(f"--device {options.device}: PyTorch finds no such device here.") from error
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        save(options.out, "writable", lambda file: None)
-        (options.out / "writable").unlink()
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            save(options.out, ".writable", lambda file: None)
+            (options.out / ".writable").unlink()
+        except OSError as error:
+            raise DemoError(f"--out {options.out} is no folder to write to: {error.strerror}. Name "
+                            "another.") from error
     for seed in options.seeds:
         load(options.out, seed, config, arms)
     say(f"TABOM on synthetic arithmetic: {made_by(device)}")

@@ -1035,6 +1035,7 @@ def test_effective_factors_count_pairs_of_right_answers_with_the_same_factor():
     tokens[:, 10:12] = torch.randint(2, 4, (len(tokens), 2), generator=generator)
     correct = torch.rand(len(tokens), generator=generator) < 0.7
     correct[:samples] = torch.tensor([True] + [False] * (samples - 1))   # one right: no pair
+    correct[samples:2 * samples] = torch.arange(samples) < 2             # two right: one pair
     expected = naive_effective(toy_data.read_factor(tokens).tolist(), correct.tolist(),
                                toy_data.n_choices(tokens).tolist(), samples)
     assert toy_data.effective_factors(tokens, correct, samples) == pytest.approx(expected)
