@@ -936,6 +936,7 @@ def test_the_checker_agrees_with_plain_python_on_right_and_spoiled_rows():
         all_right = toy_data.is_correct(some) & toy_data.working_is_right(some)
         assert all_right.tolist() == list(working)
     assert toy_data.is_correct(tokens).all() and not toy_data.is_correct(outside).all()
+    assert not toy_data.is_correct(rows("47×89a 0000 ×+ 000 000")).any()       # no number at all
 
 def test_layouts_are_permutations_of_the_same_solution():
     tokens = rows(SOLVED[0])
@@ -1024,14 +1025,14 @@ def naive_effective(factors, correct, choices, samples):
     for start in range(0, len(factors), samples):
         mine = [factors[i] for i in range(start, start + samples) if correct[i]]
         pairs = [one == other for one, other in itertools.combinations(mine, 2)]
-        if pairs:
+        if pairs and choices[start] > 1:
             chances.setdefault(choices[start], []).append(sum(pairs) / len(pairs))
     means = [sum(values) / len(values) for values in chances.values()]
     return len(means) / sum(means)
 
 def test_effective_factors_count_pairs_of_right_answers_with_the_same_factor():
     generator, samples = torch.Generator().manual_seed(1), 6
-    tokens = picks(2, 2, 3, 4, 5, 5).repeat_interleave(samples, 0)
+    tokens = picks(2, 2, 3, 4, 5, 5, 1).repeat_interleave(samples, 0)    # c = 1 does not count
     tokens[:, 10:12] = torch.randint(2, 4, (len(tokens), 2), generator=generator)
     correct = torch.rand(len(tokens), generator=generator) < 0.7
     correct[:samples] = torch.tensor([True] + [False] * (samples - 1))   # one right: no pair
