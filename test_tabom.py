@@ -979,6 +979,8 @@ def test_problems_are_split_without_overlap_and_weighed_equally(layouts):
         here = (c == 0) & (corpus[:, 2] == toy_data.token(toy_data.OPERATOR[domain]))
         assert odds[here].sum() == pytest.approx(toy_data.CORPUS_SHARES[domain], rel=1e-3)
         assert odds[here].std() < 1e-9 and len(problems[domain]["test"]) == 1000
+        every = {"add": 8100, "sub": 4095, "mul": 8100}[domain]          # sub: first >= second
+        assert here.sum() == layouts * (every - 1400)
     five = corpus[c == 5]
     weight = dict.fromkeys(map(tuple, five[:, :6].tolist()), 0.0)        # and so does every prompt
     for row, odd in zip(five[:, :6].tolist(), odds[c == 5].tolist()):
