@@ -1271,6 +1271,22 @@ def test_training_follows_its_schedule_and_clips():
     assert rates == pytest.approx([min((update + 1) / 4, cosine[update]) for update in range(8)])
     assert norms == pytest.approx([1.0] * 8, rel=1e-4) and not model.training
 
+def test_no_two_random_streams_are_the_same():
+    drawn = [torch.rand(1, generator=tabom.random_stream(seed, purpose)).item()
+             for seed in range(4) for purpose in tabom.PURPOSES]
+    assert len(set(drawn)) == len(drawn)
+
+def test_the_denoiser_starts_small_and_sees_both_sides():
+    model = tabom.Denoiser(17, 18, 2, 64, 4).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            assert weight.std() == pytest.approx(0.05 if "blocks" in name else 0.1, rel=0.15)
+    tokens = torch.randint(0, 18, (1, 18), generator=seeded())
+    for at in (0, 17):                           # a change anywhere is felt everywhere
+        other = tokens.clone()
+        other[0, at] = (other[0, at] + 1) % 18
+        assert ((model(tokens) - model(other)).abs().sum(-1) > 0).all()
+
 def test_pretraining_gives_muon_the_matrices_of_the_blocks(monkeypatch):
     model, found = tabom.Denoiser(17, 18, 2, 8, 4), {}
     monkeypatch.setattr(tabom, "train", lambda *args, **kwargs: found.update(optimizers=args[3]))
