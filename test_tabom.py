@@ -1143,6 +1143,26 @@ def test_every_figure_of_a_model_that_is_known_by_heart():
     assert found["factor turn"] == pytest.approx(turn) and found["pair accuracy"] == 100
     assert calls.count(15) == 12 + 12 + 6 + 13       # greedy, best order, 2 tokens, TDS; 15 prompts
     assert calls.count(12 * 4) == 12 and calls.count(3) == 3 * 10        # sampled; three domains
+    pick = bench.tests["pick"]
+    entropy = predictive_entropy(bench.base(pick)[:, 6:]).detach()
+    gap = toy_data.by_choices(pick, toy_data.entropy_gap(pick, entropy))
+    before = tabom.why_order_matters(bench.base, pick, 0)
+    assert before["entropy gap"] == pytest.approx(gap) and before["orders"]["best"] == 100
+
+def test_the_orders_that_are_shown_are_what_they_are_called(monkeypatch):
+    """On a model that writes the turn of each step, the order can be read off the ranks."""
+    asked = []
+    monkeypatch.setattr(tabom, "score", lambda *_, **settings: asked.append(settings) or {"all": 0})
+    names = tabom.why_order_matters(Solver(), picks(1, 2, 3, 4, 5), 0)["orders"]
+    ranks = {name: decode(Scripted(torch.zeros(12, 3)), torch.zeros(1, 2, dtype=torch.int64), 12,
+                          mask_id=3, **settings).decode_rank[0].tolist()
+             for name, settings in zip(names, asked) if "best" not in name}
+    assert ranks["left to right"] == list(range(12))
+    assert ranks["right to left"] == list(range(12))[::-1]
+    for n in (2, 3, 4, 6):
+        assert asked[list(names).index(f"blocks of {n}")] == {"block_length": n}
+    assert asked[0] == {} and [one["order"] for one in asked[1:3]] == ["confidence", "margin"]
+    assert asked[-2] == {"order": toy_data.best_order} and asked[-1]["temperature"] == 1
 
 def test_tds_is_the_mean_of_the_states_that_count(monkeypatch):
     bench, scores = tiny_bench(n=1), torch.tensor([[1.0, 2.0], [3.0, 100.0]])
@@ -1280,7 +1300,7 @@ def test_the_denoiser_starts_small_and_sees_both_sides():
     model = tabom.Denoiser(17, 18, 2, 64, 4).eval()
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
-            assert weight.std() == pytest.approx(0.05 if "blocks" in name else 0.1, rel=0.15)
+            assert weight.std().item() == pytest.approx(0.05 if "blocks" in name else 0.1, rel=0.15)
     tokens = torch.randint(0, 18, (1, 18), generator=seeded())
     for at in (0, 17):                           # a change anywhere is felt everywhere
         other = tokens.clone()
