@@ -1150,7 +1150,7 @@ def test_every_figure_of_a_model_that_is_known_by_heart():
     assert before["entropy gap"] == pytest.approx(gap) and before["orders"]["best"] == 100
 
 def test_the_orders_that_are_shown_are_what_they_are_called(monkeypatch):
-    """On a model that writes the turn of each step, the order can be read off the ranks."""
+    """A fixed order is read off the ranks that it gives."""
     asked = []
     monkeypatch.setattr(tabom, "score", lambda *_, **settings: asked.append(settings) or {"all": 0})
     names = tabom.why_order_matters(Solver(), picks(1, 2, 3, 4, 5), 0)["orders"]
