@@ -1165,7 +1165,7 @@ def test_the_orders_that_are_shown_are_what_they_are_called(monkeypatch):
     ranks = {name: decode(Scripted(torch.zeros(12, 3)), torch.zeros(1, 2, dtype=torch.int64), 12,
                           mask_id=3, **settings).decode_rank[0].tolist()
              for name, settings in zip(names, asked) if "best" not in name}
-    assert ranks["left to right"] == list(range(12))
+    assert ranks["left to right"] == list(range(12)) and asked[3] == {"block_length": 1}
     assert ranks["right to left"] == list(range(12))[::-1]
     for n in (2, 3, 4, 6):
         assert asked[list(names).index(f"blocks of {n}")] == {"block_length": n}
