@@ -12,7 +12,7 @@ inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzm
     5. and rank: what was revealed earlier should have the lower entropy           (Eq. 7-8)
 
     python tabom.py --demo            all of it on arithmetic, beside rivals and controls
-    python tabom.py --demo --quick    the same chain in about a minute, only to see that it runs
+    python tabom.py --demo --quick    the same chain in a minute or two, to see that it runs
 
 Sections 1-8 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
 Then rivals, and the demo; its problems, their checker and its tables are in toy_data.py.
@@ -1003,7 +1003,7 @@ def parse(arguments):
                f"{', '.join(NAMES)}.")
     add = parser.add_argument
     add("--demo", action="store_true", help="run the whole chain and compare the arms")
-    add("--quick", action="store_true", help="in about a minute, only to see that it runs")
+    add("--quick", action="store_true", help="in a minute or two, only to see that it runs")
     add("--seeds", type=int, nargs="+", default=[0], help="each has a base and problems of its own")
     add("--arms", nargs="+", default=DEFAULT_ARMS, help=f"default: {' '.join(DEFAULT_ARMS)}")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="for all arms")
