@@ -946,22 +946,24 @@ def read_stored(path):
 
 def check_same(path, what, made_with, config):
     for name, value in made_with.items():
-        if value != getattr(config, name, None):
-            raise DemoError(f"{path}: {what} was made with {name}={value}, not "
-                            f"{getattr(config, name, None)}: name another folder.")
+        wanted = getattr(config, name, None)
+        if value != wanted:
+            raise DemoError(f"{path}: {what} was made with {name}={value}, not {wanted}: name "
+                            "another folder.")
 
 def load(folder, seed, config, arms):
     """Figures and weights of a seed, {} where nothing is stored; other settings are refused."""
-    figures, weights = ({} if folder is None or not path.exists() else read_stored(path) for path in
-                        (Path(folder or "", f"seed-{seed}.{kind}") for kind in ("json", "pt")))
-    path = Path(folder or "", f"seed-{seed}")
-    for stored in (figures, weights):
+    if folder is None:
+        return {}, {}
+    paths = folder / f"seed-{seed}.json", folder / f"seed-{seed}.pt"
+    figures, weights = (read_stored(path) if path.exists() else {} for path in paths)
+    for path, stored in zip(paths, (figures, weights)):
         check_same(path, "the base", stored.get("settings", {}), config)
     for name in arms.keys() & figures.get("arms", {}).keys():
-        check_same(path, name, figures["arms"][name]["settings"], arms[name][1])
+        check_same(paths[0], name, figures["arms"][name]["settings"], arms[name][1])
     if figures and not weights:
-        raise DemoError(f"{path}.json has figures, but its base, {path}.pt, is gone: name another "
-                        "folder.")
+        raise DemoError(f"{paths[0]} has figures, but their base, {paths[1]}, is gone: name "
+                        "another folder.")
     return figures, weights
 
 def demo(options):
