@@ -52,8 +52,8 @@ class Trajectories:
         require(len(prompt) == len(others[0]) == 2 and set(others) == {(prompt[0], others[0][1])},
                 f"prompt must be (B, L) and the other three fields (B, N), not {shapes}.")
         *integers, entropy = dtypes = [field.dtype for field in vars(self).values()]
-        require(set(integers) == {torch.int64} and entropy.is_floating_point, "prompt, response "
-                f"and decode_rank must be int64, entropy floating-point, not {dtypes}.")
+        require(set(integers) == {torch.int64} and entropy.is_floating_point,
+                f"prompt, response, decode_rank must be int64, entropy floating-point: {dtypes}.")
 
     @classmethod
     def cat(cls, parts):
@@ -106,9 +106,8 @@ def ranks_from_steps(step, entropy):
 def segment_masks(decode_rank, n_visible, window_size):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
 
-    n_visible: an int, or one for each row, (B,).  The paper's U_t, M_t and Delta; the window is the
-    next `window_size` ranks, fewer at the end, so that the last rank, too, falls into some window.
-    """
+    n_visible: an int or (B,).  The paper's U_t, M_t and Delta; the window is the next `window_size`
+    ranks, fewer at the end: every rank falls into some window."""
     require_whole("window_size", window_size, 1)
     if isinstance(n_visible, Tensor):
         require(n_visible.shape == decode_rank.shape[:1],
@@ -121,7 +120,9 @@ def segment_masks(decode_rank, n_visible, window_size):
     return ~masked, masked, window
 
 def response_logits(model, prompt, x_t, at=None):
-    """The only call of a model: logits of x_t (B, N), all of them or `at` some positions (B, W)."""
+    """The only call of a model: logits of x_t (B, N), all of them or `at` some positions (B, W).
+    For prompts padded on the left, `model` attends to (tokens != pad_id).cumsum(1) > 0; without
+    the cumsum it would not see the end tokens of a response if pad is EOS."""
     tokens = torch.cat([prompt, x_t], 1)
     require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
@@ -130,6 +131,13 @@ def response_logits(model, prompt, x_t, at=None):
     if at is None:
         return logits[:, prompt.shape[1]:]                               # (B, N, V)
     return logits[torch.arange(len(at), device=at.device)[:, None], prompt.shape[1] + at]
+
+def masked_logits(model, trajectories, masked, counted, mask_id, at=None):
+    """Hide the `masked` positions and predict -> logits (B, N, V), or (B, W, V) `at` some; 0 where
+    nothing is `counted`, so that no nan from there reaches a gradient."""
+    x_t = trajectories.response.masked_fill(masked, mask_id)
+    logits = response_logits(model, trajectories.prompt, x_t, at)
+    return ban_mask(logits.masked_fill(~counted[:, :, None], 0), mask_id)
 
 def ban_mask(logits, mask_id):
     """If the vocabulary has an entry for [MASK], make it impossible: no response contains it."""
@@ -148,8 +156,7 @@ def draw_below(limit, generator):
     return (draw * limit).long()
 
 # == 2. Predictive entropy: how unsure the model is of a position ==================================
-# The quantity behind everything here: the decoder sorts by it, the ranking loss compares it, the
-# discrimination score is its spread.
+# The decoder sorts by it, the ranking loss compares it, the discrimination score is its spread.
 
 def predictive_entropy(logits):
     """H = -sum_v p(v) log p(v) over the whole vocabulary: (..., V) -> (...) float32, nats.
@@ -159,8 +166,8 @@ def predictive_entropy(logits):
     return -(log_p.exp() * log_p).sum(-1)
 
 # == 3. Decode from easy to hard, and remember the order (Eq. 2, Def. 1) ===========================
-# Start fully masked.  At each step ask the model about every masked position and write the surest
-# ones.  Noting the step of each position is all it takes to record a trajectory.
+# Start fully masked; at each step ask the model about every masked position and write the surest.
+# Noting the step of each position is all it takes to record a trajectory.
 
 ORDERS = ("entropy", "confidence", "margin", "random")
 
@@ -176,6 +183,7 @@ def entropy_and_difficulty(logits, mask_id, order="entropy", part_size=2 ** 21):
         if order == "confidence":
             difficulty[:, some] = -part.softmax(-1, dtype=torch.float32).amax(-1)
         if order == "margin":
+            require(part.shape[-1] > 1, "order 'margin' needs a vocabulary of two tokens or more.")
             best, second = part.softmax(-1, dtype=torch.float32).topk(2).values.unbind(-1)
             difficulty[:, some] = second - best
     return entropy, difficulty
@@ -207,8 +215,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
     generator        seeds all that is drawn; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and `mask_id` where to decode
     decodable        (B, N) bool: positions that are False keep what they hold, [MASK] or given
-    A row with nothing to decode comes back as it is.  Raises ValueError for a wrong setting or nan.
-    """
+    A row with nothing to decode stays as it is.  Raises ValueError for a wrong setting or nan."""
     shape, device = (len(prompt), response_length), prompt.device
     block_length = response_length if block_length is None else block_length
     check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_step, temperature,
@@ -263,24 +270,22 @@ def check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_
         require(0 <= value < float("inf"), f"{name} must be 0 or more, not {value}.")
     require(prompt.dim() == 2 and prompt.dtype == torch.int64, "the prompt must be (B, L) int64.")
     require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
-    for name, tensor, dtype in (("given", given, torch.int64),
-                                ("decodable", decodable, torch.bool)):
-        require(tensor is None or (tensor.shape == shape and tensor.dtype == dtype),
+    for name, field, dtype in (("given", given, torch.int64), ("decodable", decodable, torch.bool)):
+        require(field is None or (field.shape == shape and field.dtype == dtype),
                 f"{name} must have the shape {shape} and be {dtype}.")
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: ideally the model visits a state with probability proportional to exp(-beta * sum of
-# the entropies its tokens had before they were revealed).  Fitting that needs a partition function.
-# Comparing two states that differ in one token does not: if r was revealed before s, the state with
-# r should be the likelier, so r should have the lower entropy (Lemma 1).  gamma absorbs beta.
+# Boltzmann: ideally a state has a probability proportional to exp(-beta * sum of the entropies of
+# its tokens before they were revealed).  Fitting that needs a partition function; to compare two
+# states that differ in one token does not: if r was revealed before s, the state with r should be
+# the likelier, so r should have the lower entropy (Lemma 1).  gamma absorbs beta.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
 
     h = entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma) nats.
     A pair (r, s) has r revealed before s; a row without a pair counts 0.  Returns loss and
-    pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
-    """
+    pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5."""
     shapes = [tuple(tensor.shape) for tensor in (entropy, decode_rank, window)]
     require(len(set(shapes)) == 1, f"entropy, decode_rank, window need one shape, not {shapes}.")
     require(len(entropy) > 0, "there are no rows to rank.")
@@ -293,7 +298,7 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     return loss, pair_accuracy
 
 # == 5. TABOM (Eq. 9) ==============================================================================
-# Replay a recorded state: show exactly what had been revealed before a random cut.  Then teach two
+# Show exactly what had been revealed before a random cut of a recorded trajectory.  Then teach two
 # things about the tokens that came next: *what* they are, and *in which order* they came.
 
 def token_nll(logits, tokens):
@@ -306,7 +311,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss; row means.
 
     window_size in tokens; margin in nats; n_visible (B,): where to cut, by default drawn from
-    0 .. n-1.  Raises ValueError for a setting out of range.  Returns loss, metrics.
+    0 .. n-1.  With k tokens per step (no blocks) draw it from the multiples of k below n: no other
+    state was visited.  Raises ValueError for a setting out of range.  Returns loss, metrics.
     """
     for name, value in (("margin", margin), ("rank_weight", rank_weight)):
         require(0 <= value < float("inf"), f"{name} must be 0 or more, not {value}.")
@@ -314,12 +320,11 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     _, masked, window = segment_masks(decode_rank, n_visible, window_size)
-    x_t = response.masked_fill(masked, mask_id)
     # Only the window's logits, in reveal order: the large tensors are (B, W, V) and (B, W, W).
     turn = decode_rank.masked_fill(~window, response.shape[1])
     at = turn.argsort(1)[:, :window_size]                                # (B, W) positions
-    logits = ban_mask(response_logits(model, trajectories.prompt, x_t, at), mask_id)
     decode_rank, window, tokens = (x.gather(1, at) for x in (decode_rank, window, response))
+    logits = masked_logits(model, trajectories, masked, window, mask_id, at)
     tokens = tokens.masked_fill(~window, 0)                              # 0: not counted
     nll = row_mean(token_nll(logits, tokens), window).mean()
     entropy = predictive_entropy(logits)         # at the cut; in Eq. 5 each just before its turn
@@ -330,15 +335,13 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 
 # == 6. Training by the book: uniform masking (Eq. 1) ==============================================
 # What comes before TABOM.  Hide a random share of the response and predict it: the NELBO, negative
-# evidence lower bound.  Any set of positions may be visible, but the decoder above visits only a
-# few, easy-to-hard ones.  This is the gap that TABOM closes.
+# evidence lower bound.  It trains on any visible set; the decoder visits few, easy-to-hard ones.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
     """Eq. 1: mean over the masked positions of a row, then over rows; the order is not used.
 
     Each row draws a mask ratio from 0 .. 1, unless `mask_ratio` sets it for all, and masks each
-    position with decode_rank >= 0 with that probability, but at least one.  Returns loss, metrics.
-    """
+    decoded position with that probability, but at least one.  Returns loss, metrics."""
     require(0 <= (mask_ratio or 0) <= 1, f"mask_ratio must be from 0 to 1, not {mask_ratio}.")
     response, decoded = trajectories.response, trajectories.decode_rank >= 0
     draw = torch.rand(len(response), 1 + response.shape[1], generator=generator,
@@ -346,8 +349,7 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
     ratio = draw[:, :1] if mask_ratio is None else mask_ratio
     draw = draw[:, 1:].masked_fill(~decoded, torch.inf)
     masked = decoded & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
-    x_t = response.masked_fill(masked, mask_id)
-    logits = ban_mask(response_logits(model, trajectories.prompt, x_t), mask_id)       # (B, N, V)
+    logits = masked_logits(model, trajectories, masked, masked, mask_id)           # (B, N, V)
     nll = token_nll(logits, response.masked_fill(~masked, 0))            # 0: not counted
     loss = row_mean(nll, masked).mean()                                  # Eq. 1
     return loss, {"nll": loss.detach()}
@@ -357,8 +359,7 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
 # model equally unsure of every position scores 0 and might as well decode at random.
 
 def trajectory_discrimination_score(entropy, masked):
-    """Eq. 10: population variance over masked positions, (B, N), (B, N) bool -> (B,) in nats
-    squared; 0 for a state with fewer than two."""
+    """Eq. 10: population variance where masked, (B, N), (B, N) bool -> (B,) nats squared."""
     mean = row_mean(entropy, masked)[:, None]
     return row_mean((entropy - mean) ** 2, masked)
 
@@ -375,8 +376,7 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
     """Score of each state of recorded trajectories -> score (B, N+1) nats squared, counted bool.
 
     Column k has k tokens revealed.  A state counts if it masks two positions or more; those behind
-    an `eos_id` that is already written are left out.  Eq. 11 is the mean of all counted entries.
-    """
+    an `eos_id` that is already written are left out.  Eq. 11 is the mean of what counts."""
     scores, counted = [], []
     for x_t, masked, entropy in replay(model, trajectories, mask_id=mask_id):
         if eos_id is not None:
@@ -388,19 +388,19 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
 # == 8. Trajectories from other people's data ======================================================
 
 def from_decoding_order(prompt, response, decoding_order, entropy=None):
-    """Trajectories from lists or tensors of the step at which each position was written, (B, N):
-    it counts up from the first; -1 = never decoded.  Equal steps are ordered by entropy (B, N) if
-    there is one, else by position."""
+    """Trajectories from the step at which each position was written, (B, N), counted up; -1 =
+    never.  Equal steps are ordered by entropy (B, N) if there is one, else by position.  In the
+    authors' lists -1 is shown as [MASK]: give response.masked_fill(order < 0, mask_id)."""
     step = torch.as_tensor(decoding_order, device=response.device)
-    require(step.shape == response.shape and not step.is_floating_point(), "decoding_order must "
-            f"hold one whole number for each token of {tuple(response.shape)}.")
+    require(step.shape == response.shape and not step.is_floating_point(),
+            f"decoding_order must hold whole numbers of the shape {tuple(response.shape)}.")
     entropy = torch.zeros(step.shape) if entropy is None else torch.as_tensor(entropy)
     entropy = entropy.to(step.device, torch.float32)
     return Trajectories(prompt, response, ranks_from_steps(step.long(), entropy), entropy)
 
 def validate(trajectories, mask_id, vocabulary_size):
-    """Look at every value and raise ValueError for a wrong one.  Call it once per data set: the
-    losses check shapes and settings only, since to look at values makes a GPU wait."""
+    """Look at every value, once per data set; raise ValueError for a wrong one.  (The losses check
+    shapes and settings only: to look at values makes a GPU wait.)"""
     prompt, response, decode_rank, entropy = vars(trajectories).values()
     n, decoded = response.shape[1], decode_rank >= 0
     sorted_rank = torch.arange(n, device=response.device) - (n - decoded.sum(1, keepdim=True))
@@ -435,12 +435,7 @@ except ModuleNotFoundError:      # this file was copied alone: all but the demo 
 
 # == 9. The rivals =================================================================================
 # Losses of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions and on the
-# model's own right answers.
-
-def trajectory_loss(model, trajectories, *, mask_id, generator=None, window_size, n_visible=None):
-    """Trajectory masking: Eq. 9 with lambda = 0, what comes next but not in which order."""
-    return tabom_loss(model, trajectories, mask_id=mask_id, generator=generator, margin=0.0,
-                      rank_weight=0.0, window_size=window_size, n_visible=n_visible)
+# model's own right answers; trajectory masking is `tabom_loss` without its ranking term.
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is revealed until a later one.
@@ -448,17 +443,15 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
     times: (start, end), each (B,), the tokens visible in the two states; by default two different
     numbers from 0 .. n, every pair equally likely.  Returns loss, metrics.
     """
-    response, decode_rank = trajectories.response, trajectories.decode_rank
     if times is None:
         n = trajectories.n_decoded
         one = draw_below(n + 1, generator)
         other = (one + 1 + draw_below(n, generator)) % (n + 1)           # any number but `one`
         times = torch.minimum(one, other), torch.maximum(one, other)
-    _, masked, _ = segment_masks(decode_rank, times[0], 1)
-    between = masked & (decode_rank < times[1][:, None])
-    x_t = response.masked_fill(masked, mask_id)
-    logits = ban_mask(response_logits(model, trajectories.prompt, x_t), mask_id)       # (B, N, V)
-    nll = token_nll(logits, response.masked_fill(~between, 0))           # 0: not counted
+    _, masked, _ = segment_masks(trajectories.decode_rank, times[0], 1)
+    between = masked & (trajectories.decode_rank < times[1][:, None])
+    logits = masked_logits(model, trajectories, masked, between, mask_id)          # (B, N, V)
+    nll = token_nll(logits, trajectories.response.masked_fill(~between, 0))
     loss = row_mean(nll, between).mean()
     return loss, {"nll": loss.detach()}
 
@@ -471,22 +464,21 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     reference: a callable like `model`, see `LaggedCopy`.  Returns loss, metrics.
     """
     require(all(0 <= one < math.inf for one in (a, b, c)), f"a, b, c must be 0 or more: {a, b, c}.")
-    prompt, response, n = trajectories.prompt, trajectories.response, trajectories.n_decoded
+    n = trajectories.n_decoded
     _, masked, _ = segment_masks(trajectories.decode_rank, draw_below(n, generator), 1)
-    x_t = response.masked_fill(masked, mask_id)
-    logits = ban_mask(response_logits(model, prompt, x_t), mask_id)      # (B, N, V)
+    logits = masked_logits(model, trajectories, masked, masked, mask_id)           # (B, N, V)
     with torch.no_grad():
-        reference_logits = ban_mask(response_logits(reference, prompt, x_t), mask_id)
+        theirs = masked_logits(reference, trajectories, masked, masked, mask_id)
 
     def log_ratio(y):                                                    # l(y) - l_ref(y), (B,)
-        return row_mean(token_nll(reference_logits, y) - token_nll(logits, y), masked)
+        return row_mean(token_nll(theirs, y) - token_nll(logits, y), masked)
 
-    x_0 = response.masked_fill(~masked, 0)                               # 0: not counted
-    rejected = reference_logits.argmax(-1)                               # y^
-    preference = -F.logsigmoid(b * log_ratio(x_0)) - a * F.logsigmoid(-b * log_ratio(rejected))
-    n_masked = masked.sum(1, keepdim=True).clamp(min=1)
-    path_weight = (n[:, None] - trajectories.decode_rank).float() / n_masked       # (B, N)
-    path = torch.where(masked, path_weight * token_nll(logits, x_0), 0).sum(1)
+    x_0 = trajectories.response.masked_fill(~masked, 0)
+    y = theirs.argmax(-1)
+    preference = -F.logsigmoid(b * log_ratio(x_0)) - a * F.logsigmoid(-b * log_ratio(y))
+    later = (n[:, None] - trajectories.decode_rank).float()              # n_masked .. 1
+    weight = later / masked.sum(1, keepdim=True).clamp(min=1)            # (B, N)
+    path = torch.where(masked, weight * token_nll(logits, x_0), 0).sum(1)
     loss = (preference + c * path).mean()
     return loss, {"preference": preference.mean().detach(), "path": path.mean().detach()}
 
@@ -513,10 +505,10 @@ class DemoError(ValueError):
 @dataclass(frozen=True)
 class Config:
     # The base, and what measures
-    layouts: int = 3                  # 3: the order depends on the prompt; 1: on positions alone
+    layouts: int = 1                  # 1: the answer stands first; 3: the prompt names the layout
     layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
     width: int = 96
-    pretrain_updates: int = 6000      # until all but the order is known
+    pretrain_updates: int = 4500      # until all but the order is known
     split: str = "test"               # "validation" for tuning
     test_problems: int = 400          # of add, sub, mul and each c of pick, at most
     samples: int = 16                 # answers to a prompt, to see how wide the choice is
@@ -526,15 +518,16 @@ class Config:
     collect_order_temperature: float = 0.0   # noise on the order (paper: 0)
     collect_temperature: float = 1.0  # of the tokens; makes orders differ, too (paper: low)
     rollout_filter: str = "working"   # keep if all is right (paper: "answer"), or "none", "wrong"
+    kept_each: int = 1_000_000        # keep at most so many for each c
     ranks: str = "recorded"           # controls: "shuffled", "reversed", or "swapped" with those of
-                                      # another kept response, "relaid": one in the same layout
+                                      # another kept rollout
     style: str = "other"              # SFT-GT copies another style of working, or the model's "own"
     rounds: int = 1                   # collect with the tuned model, tune on (paper: 1)
     # How it is tuned, and decodes
     updates: int = 400                # (paper: 5 epochs)
     batch_size: int = 64              # (paper: 32)
     learning_rate: float = 2e-4       # some arms have their own, in ARMS (paper: 2e-5, LoRA)
-    window_size: int = 8              # of the 12 tokens (paper: 32 of 256)
+    window_size: int = 6              # of the 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats: about the entropy gap (paper: 0.1 to 0.3)
     rank_weight: float = 2.0          # lambda (paper: 1 and 2)
     prior: str = "none"               # decode with a prior: each position's mean rank in "kept"
@@ -552,52 +545,51 @@ class Config:
 
 CHOICES = {"layouts": (1, 3), "split": ("validation", "test"), "collect_order": ORDERS,
            "rollout_filter": ("working", "answer", "none", "wrong"), "style": ("own", "other"),
-           "ranks": ("recorded", "shuffled", "reversed", "swapped", "relaid"),
+           "ranks": ("recorded", "shuffled", "reversed", "swapped"),
            "prior": ("none", "kept", "contrast")}
 HEADS = 4
 NAMES = list(Config.__dataclass_fields__)
 SHARED, OWN = NAMES[:NAMES.index("queries")], NAMES[NAMES.index("queries"):]
-# Learning rates: the best of 1e-4, 2e-4, 5e-4 that keeps the other domains, on validation prompts.
-ARMS = {"No-SFT": {}, "SFT-GT": {}, "SFT-SD": {}, "dInfer": {}, "T3D": {}, "trajectory": {},
-        "TABOM": {"learning_rate": 1e-4}}
+COLLECT = OWN[:OWN.index("ranks")]               # what decides which rollouts there are
+# Learning rates: of 1e-4, 2e-4, 5e-4, 1e-3 the best on validation prompts.
+ARMS = {"No-SFT": [], "SFT-GT": [], "SFT-SD": [], "dInfer": [], "T3D": [], "trajectory": [],
+        "TABOM": ["learning_rate=1e-4"]}
 DEFAULT_ARMS = ("No-SFT", "No-SFT:prior=kept", "No-SFT:prior=contrast", "SFT-GT",
                 "SFT-GT:style=own", "SFT-SD", "dInfer", "T3D", "trajectory",
                 "TABOM:rank_weight=1,margin=0.2", "TABOM", "TABOM:ranks=shuffled")
-QUICK = {"pretrain_updates": 150, "test_problems": 20, "samples": 2, "queries": 200,
-         "rollout_filter": "none", "updates": 20}
+QUICK = ["pretrain_updates=150", "test_problems=20", "samples=2", "queries=200",
+         "rollout_filter=none", "updates=20"]
 
-def read_settings(assignments):
-    """["name=value", ..] -> {name: value}, of the type that the setting has."""
+def configure(config, assignments, names=NAMES):
+    """config with ["name=value", ..] set, each read as the type that the setting has."""
     values = {}
-    for name, _, text in (assignment.partition("=") for assignment in assignments):
-        if name not in NAMES:
-            raise DemoError(f"there is no setting {name!r}, only {', '.join(NAMES)}.")
+    for name, _, text in (one.partition("=") for one in assignments):
+        if name not in names:
+            raise DemoError(f"there is no setting {name!r} here, only {', '.join(names)}.")
         try:
-            values[name] = type(getattr(Config, name))(text)
+            values[name] = type(getattr(config, name))(text)
         except ValueError as error:
             raise DemoError(f"{name} cannot be {text!r}.") from error
-    return values
+    return replace(config, **values)
 
 def read_arm(name, common):
-    """"TABOM:margin=0.3,rounds=2" -> "TABOM" and its Config; common: {name: value} of --set."""
+    """"TABOM:margin=0.3,rounds=2" -> "TABOM" and its Config; common: the assignments of --set."""
     arm, _, own = name.partition(":")
-    own = read_settings(own.split(",") if own else [])
     if arm not in ARMS:
         raise DemoError(f"there is no arm {arm!r}, only {', '.join(ARMS)}.")
-    if not own.keys() <= set(OWN):
-        raise DemoError(f"{name}: an arm can set {', '.join(OWN)}; the others need --set.")
-    return arm, Config(**{**ARMS[arm], **common, **own})
+    config = configure(Config(), [*ARMS[arm], *common])
+    return arm, configure(config, own.split(",") if own else [], OWN)
 
 # == 11. The denoiser ==============================================================================
 # A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
 
 class Denoiser(nn.Module):
     """tokens (B, L+N) int64 -> logits (B, L+N, V).  [MASK] is token V, an input without output."""
-    def __init__(self, vocabulary_size, length, layers, width, heads):
+    def __init__(self, vocabulary_size, length, layers, width):
         super().__init__()
         self.token = nn.Embedding(vocabulary_size + 1, width)
         self.position = nn.Embedding(length, width)
-        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu",
+        block = nn.TransformerEncoderLayer(width, HEADS, 4 * width, dropout=0.0, activation="gelu",
                                            batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width),
                                             enable_nested_tensor=False)
@@ -625,21 +617,19 @@ def say(text):
     tqdm.write(text, file=sys.stdout)            # above the bar
     sys.stdout.flush()
 
-def train(model, data, loss_fn, optimizers, *, updates, batch_size, warmup, seed, label,
-          odds=None, n_lines=2):
-    """Train in place, with warm-up, cosine decay and clipping.  odds (n,) of drawing each row;
-    n_lines: how often the mean metrics are printed."""
-    device = data.response.device
-    batches, masks = random_stream(seed, "batches"), random_stream(seed, "masks", device)
+def train(model, data, loss_fn, optimizers, *, updates, batch_size, warmup, seed, label, odds=None):
+    """Train in place, with warm-up, cosine decay and clipping.  odds (n,) of drawing each row."""
+    batches = random_stream(seed, "batches")
+    masks = random_stream(seed, "masks", data.response.device)
     odds = torch.ones(len(data)) if odds is None else odds
     def rate(update):
         return min((update + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * update / updates))
     schedules = [torch.optim.lr_scheduler.LambdaLR(one, rate) for one in optimizers]
     model.train()
-    seen = []                                    # metrics since the last line
     for update in progress(range(1, updates + 1), label):
-        rows = torch.multinomial(odds, batch_size, replacement=True, generator=batches).to(device)
-        loss, metrics = loss_fn(model, data[rows], mask_id=toy.MASK_ID, generator=masks)
+        rows = torch.multinomial(odds, batch_size, replacement=True, generator=batches)
+        batch = data[rows.to(data.response.device)]
+        loss, metrics = loss_fn(model, batch, mask_id=toy.MASK_ID, generator=masks)
         if not loss.isfinite():
             raise DemoError(f"{label}: the loss became {loss.item()} at update {update}: lower its "
                             "learning_rate, margin or rank_weight.")
@@ -648,11 +638,9 @@ def train(model, data, loss_fn, optimizers, *, updates, batch_size, warmup, seed
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for step in (*optimizers, *schedules):
             step.step()
-        seen.append(torch.stack([*metrics.values()]))
-        if update % max(1, updates // n_lines) == 0:
-            say(f"    {label}, update {update}: " + ", ".join(
-                f"{name} {mean:.3f}" for name, mean in zip(metrics, torch.stack(seen).mean(0))))
-            seen = []
+        if update == 1 or update % max(1, updates // 4) == 0:
+            values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            say(f"    {label}, update {update}: {values}")
     model.eval()
 
 def pretrain(model, config, corpus, odds, seed):
@@ -663,7 +651,7 @@ def pretrain(model, config, corpus, odds, seed):
     optimizers = [torch.optim.Muon(matrices, lr=1e-2),
                   torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.98), fused=True)]
     train(model, corpus, nelbo_loss, optimizers, updates=config.pretrain_updates, batch_size=64,
-          warmup=100, seed=seed, label="pretraining", odds=odds, n_lines=6)
+          warmup=100, seed=seed, label="pretraining", odds=odds)
 
 # == 13. Self-distillation, and what each arm makes of it ==========================================
 # The model answers queries and a checker keeps what is right: that is all the data there is.
@@ -695,17 +683,19 @@ def score(model, problems, generator=None, **settings):
 def self_distil(model, queries, config, seed):
     """Def. 1 -> rollouts (Trajectories), correct (n,) bool, kept (Trajectories)."""
     groups = [queries[toy.n_choices(queries) == c] for c in toy.CHOICES]
-    each = torch.arange(-(-config.queries // len(groups)), device=queries.device)
-    asked = torch.cat([group[each % len(group)] for group in groups])    # as many for each c
+    turn = torch.arange(-(-config.queries // len(groups)), device=queries.device)
+    asked = torch.cat([group[turn % len(group)] for group in groups])    # as many for each c
     rollouts, correct = answer(
         model, asked, random_stream(seed, "collect", queries.device), order=config.collect_order,
         order_temperature=config.collect_order_temperature, temperature=config.collect_temperature)
     keep = {"working": correct & toy.working_is_right(rows_of(rollouts)), "answer": correct,
             "wrong": ~correct, "none": torch.ones_like(correct)}[config.rollout_filter]
-    if keep.sum() < 16:
-        raise DemoError(f"only {keep.sum()} of {len(keep)} rollouts are kept, too few to train on: "
+    kept = torch.cat([some.nonzero()[:config.kept_each, 0] + i * len(turn)
+                      for i, some in enumerate(keep.split(len(turn)))])
+    if len(kept) < 16:
+        raise DemoError(f"only {len(kept)} of {len(asked)} rollouts are kept, too few to train on: "
                         "raise pretrain_updates or queries, or set another rollout_filter.")
-    return rollouts, correct, rollouts[keep]
+    return rollouts, correct, rollouts[kept]
 
 def training_data(arm, kept, config, seed):
     """What an arm trains on, row by row for the same queries -> Trajectories."""
@@ -716,10 +706,8 @@ def training_data(arm, kept, config, seed):
         rank = torch.rand(rank.shape, generator=generator, device=rank.device).argsort(1)
     if config.ranks == "reversed":
         rank = rank.shape[1] - 1 - rank          # in pick every position is decoded
-    if config.ranks in ("swapped", "relaid"):
+    if config.ranks == "swapped":
         row = torch.randperm(len(rank), generator=generator, device=rank.device)
-        if config.ranks == "relaid":             # the last token of a prompt names its layout
-            row = row[kept.prompt[row, -1].argsort(stable=True)]
         rank = torch.empty_like(rank).index_copy(0, row, rank[row.roll(1)])
     return replace(kept, decode_rank=rank)
 
@@ -728,8 +716,8 @@ def loss_of(arm, model, config):
         return dinfer_loss
     if arm == "T3D":
         return partial(t3d_loss, reference=LaggedCopy(model))
-    if arm == "trajectory":
-        return partial(trajectory_loss, window_size=config.window_size)
+    if arm == "trajectory":                      # Eq. 9 with lambda = 0: not in which order
+        return partial(tabom_loss, window_size=config.window_size, margin=0.0, rank_weight=0.0)
     if arm == "TABOM":
         return partial(tabom_loss, window_size=config.window_size, margin=config.margin,
                        rank_weight=config.rank_weight)
@@ -749,29 +737,25 @@ class Bench:
     held_out: Trajectories       # kept answers of the base to the validation prompts
     collected: dict              # what the base gave, for each way of collecting
 
-def first_of_each(problems, count, choices):
-    n_choices = toy.n_choices(problems)
-    return torch.cat([problems[n_choices == c][:count] for c in choices])
-
 def evaluate(model, bench, config, order="entropy"):
     """Every figure of one model that decodes in an order."""
     pick, mask_id = bench.tests["pick"], toy.MASK_ID
     draws = partial(random_stream, bench.seed, "evaluate", pick.device)
     answers, correct = answer(model, pick, draws(), order=order)
     by_c = toy.by_choices(pick, correct)
-    several = first_of_each(pick, 30, toy.CHOICES[1:]).repeat_interleave(config.samples, 0)
+    several = toy.first_of_each(pick, 30, toy.CHOICES[1:]).repeat_interleave(config.samples, 0)
     sampled, right = answer(model, several, draws(), order=order, temperature=1.0)
-    skill = score(model, pick, draws(), order=toy.best_order, temperature=1.0)
     spread, counted = discrimination_curve(model, answers, mask_id=mask_id)
     with torch.no_grad():
-        _, ranking = trajectory_loss(
-            model, bench.held_out, mask_id=mask_id, window_size=config.window_size,
+        _, ranking = loss_of("trajectory", model, config)(
+            model, bench.held_out, mask_id=mask_id,
             generator=random_stream(bench.seed, "masks", pick.device))
-    return {"greedy": by_c["all"], "by c": by_c, "best order": skill["all"],
+    old = {domain: 100 * answer(model, problems, draws(), order=order)[1].float().mean().item()
+           for domain, problems in bench.tests.items() if domain != "pick"}
+    return {"greedy": by_c["all"], "by c": by_c, "old": old,
             "2 tokens": score(model, pick, draws(), order=order, tokens_per_step=2)["all"],
             "sampled": toy.by_choices(several, right)["all"],
-            "old": {domain: 100 * answer(model, problems, draws(), order=order)[1].float().mean()
-                    .item() for domain, problems in bench.tests.items() if domain != "pick"},
+            "best order": score(model, pick, draws(), order=toy.best_order, temperature=1.0)["all"],
             "effective factors": toy.effective_factors(rows_of(sampled), right, config.samples),
             **toy.factor_figures(rows_of(answers), answers.decode_rank),
             "TDS": spread[counted].mean().item(),                        # Eq. 11
@@ -782,7 +766,8 @@ def why_order_matters(base, pick, seed):
     """Right answers of the base to pick by order of decoding, and the entropy gap; each by c."""
     best = {"order": toy.best_order}
     orders = {"entropy": {}, "confidence": {"order": "confidence"}, "margin": {"order": "margin"},
-              "left to right": {"block_length": 1}, "right to left": {"order": -torch.arange(12)},
+              "left to right": {"block_length": 1},
+              "right to left": {"order": -torch.arange(toy.RESPONSE_LENGTH)},
               **{f"blocks of {length}": {"block_length": length} for length in (2, 3, 4, 6)},
               "random": {"order": "random"}, "best": best,
               "best, sampled": {**best, "temperature": 1.0}}
@@ -813,22 +798,20 @@ def run_arm(name, arm, config, bench):
     model, order, weight, rounds = copy.deepcopy(bench.base), "entropy", None, []
     for round_number in range(config.rounds):
         seed = bench.seed + round_number * 2 ** 33                       # other draws in each round
-        way = (round_number, config.queries, config.rollout_filter, config.collect_order,
-               config.collect_order_temperature, config.collect_temperature)
+        way = (round_number, *(getattr(config, name) for name in COLLECT))
         collected = bench.collected.get(way) or self_distil(model, bench.queries, config, seed)
         if round_number == 0:                    # with the base: once for all arms
             bench.collected[way] = collected
-        kept = collected[-1]
         if config.prior != "none":
             order, weight = prior_order(bench, *collected, config.prior)
         if arm != "No-SFT":
+            data = training_data(arm, collected[-1], config, seed)
             optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate,
                                           betas=(0.9, 0.98), fused=True)
-            train(model, training_data(arm, kept, config, seed), loss_of(arm, model, config),
-                  [optimizer], updates=config.updates, batch_size=config.batch_size, warmup=20,
-                  seed=seed, label=name)
+            train(model, data, loss_of(arm, model, config), [optimizer], updates=config.updates,
+                  batch_size=config.batch_size, warmup=20, seed=seed, label=name)
         figures = evaluate(model, bench, config, order)
-        rounds.append({"kept": len(kept), **{figure: figures[figure] for figure in (
+        rounds.append({"kept": len(collected[-1]), **{figure: figures[figure] for figure in (
             "greedy", "sampled", "best order", "effective factors")}})
     return {"settings": settings_of(config, OWN), **figures, "prior weight": weight,
             "rounds": rounds}, model
@@ -849,31 +832,29 @@ def run_seed(config, seed, arms, device, folder):
 
     run, weights = load(folder, seed, config, arms)
     corpus, odds, problems = toy.split_problems(seed, config.layouts)
-    problems = {domain: {part: rows.to(device) for part, rows in parts.items()}
-                for domain, parts in problems.items()}
-    tests = {domain: first_of_each(parts[config.split], config.test_problems, toy.CHOICES if
-                                   domain == "pick" else [0]) for domain, parts in problems.items()}
-    pick, validation = tests["pick"], problems["pick"]["validation"]
+    tests = {domain: toy.first_of_each(parts[config.split].to(device), config.test_problems,
+                                       toy.CHOICES if domain == "pick" else [0])
+             for domain, parts in problems.items()}
+    queries, validation = (problems["pick"][part].to(device) for part in ("query", "validation"))
 
     stage(f"Seed {seed}: pretrain by the book (Eq. 1)")
     torch.manual_seed(seed)                      # the initial weights
-    base = Denoiser(len(toy.VOCABULARY), pick.shape[1], config.layers, config.width, HEADS)
-    base.to(device)
+    base = Denoiser(len(toy.VOCABULARY), corpus.shape[1], config.layers, config.width).to(device)
     if weights:
         say("    not again: the base is there")
         base.load_state_dict(weights["base"])
     else:
         pretrain(base, config, solved(corpus).to(device), odds, seed)
         weights = {"settings": settings_of(config, SHARED), "base": base.state_dict()}
-        save(folder, f"seed-{seed}.pt", lambda file: torch.save(weights, file))
+        save(folder, f"seed-{seed}.pt", weights)
     base.eval()
 
     stage("Why order matters: right answers of the base to pick in percent, by order of decoding")
     if not run:
         run = {"seed": seed, "settings": settings_of(config, SHARED), "made by": made_by(device),
-               **why_order_matters(base, pick, seed), "arms": {}}
+               **why_order_matters(base, tests["pick"], seed), "arms": {}}
     say(toy.orders_table(run["orders by c"], run["entropy gap"]))
-    shown = first_of_each(pick, len(pick), [4])
+    shown = toy.first_of_each(tests["pick"], config.test_problems, [4])
     shown = shown[answer(base, shown)[1].int().argsort(stable=True)[:1]]
     stage("The first prompt with four digits to choose from that the base gets wrong")
     say(film(base, shown))
@@ -882,7 +863,7 @@ def run_seed(config, seed, arms, device, folder):
     say("    T3D's preference is 1.040 while model and reference agree; the reference catches up\n"
         "    every 10 updates, so it hardly moves, and T3D acts like masking with falling weights")
     held_out = self_distil(base, validation, replace(config, queries=1000), seed)[-1]
-    bench = Bench(seed, base, problems["pick"]["query"], validation, tests, held_out, {})
+    bench = Bench(seed, base, queries, validation, tests, held_out, {})
     for name, (arm, own) in arms.items():
         if name in run["arms"]:
             say(f"    {name}: not again, its figures are there")
@@ -891,9 +872,8 @@ def run_seed(config, seed, arms, device, folder):
         say(f"    {name}: {run['arms'][name]['greedy']:.1f} percent of pick")
         if name == "TABOM":
             weights["TABOM"] = model.state_dict()
-            save(folder, f"seed-{seed}.pt", lambda file: torch.save(weights, file))
-        text = json.dumps(run, indent=1).encode()
-        save(folder, f"seed-{seed}.json", lambda file: file.write(text))
+            save(folder, f"seed-{seed}.pt", weights)
+        save(folder, f"seed-{seed}.json", run)
     if "TABOM" in weights:
         stage("The same prompt, as TABOM decodes it")
         base.load_state_dict(weights["TABOM"])
@@ -903,12 +883,9 @@ def run_seed(config, seed, arms, device, folder):
 def report(runs):
     """The tables of one or several seeds as text; differences between arms are paired by seed."""
     names = list(dict.fromkeys(name for run in runs for name in run["arms"]))
-    figures = {name: [run["arms"][name] for run in runs if name in run["arms"]] for name in names}
     pairs = [(name, "No-SFT") for name in names if name != "No-SFT"]
     pairs += [("TABOM", name) for name in names if name not in ("No-SFT", "TABOM")]
-    paired = {f"{one} - {other}": [(run["arms"][one], run["arms"][other]) for run in runs
-                                   if {one, other} <= run["arms"].keys()] for one, other in pairs}
-    return toy.report(figures, [run["entropy gap"] for run in runs], paired)
+    return toy.report([run["arms"] for run in runs], [run["entropy gap"] for run in runs], pairs)
 
 # == 16. The command line, and one folder for a run ================================================
 
@@ -920,20 +897,25 @@ def made_by(device):
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
-def save(folder, name, write):
-    """write(file) fills a file that takes its place when it is whole.  No folder: nothing."""
+def save(folder, name, content):
+    """Write a seed-N.json or seed-N.pt; it takes its place when it is whole.  No folder: nothing"""
     if folder is None:
         return
     unfinished = folder / f".{name}.{os.getpid()}"
     try:
         with open(unfinished, "wb") as file:
-            write(file)
+            if name.endswith(".pt"):
+                torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=1).encode())
         unfinished.replace(folder / name)
     finally:
         unfinished.unlink(missing_ok=True)
 
 def read_stored(path):
-    """A seed-N.json or seed-N.pt of ours -> its content."""
+    """A seed-N.json or seed-N.pt -> its content, {} if there is none."""
+    if not path.exists():
+        return {}
     try:
         content = (json.loads(path.read_bytes()) if path.suffix == ".json"
                    else torch.load(path, map_location="cpu", weights_only=True))
@@ -944,33 +926,28 @@ def read_stored(path):
         raise DemoError(f"{path} was not written by this program: name another folder.") from error
     return content
 
-def check_same(path, what, made_with, config):
-    for name, value in made_with.items():
-        wanted = getattr(config, name, None)
-        if value != wanted:
-            raise DemoError(f"{path}: {what} was made with {name}={value}, not {wanted}: name "
-                            "another folder.")
-
 def load(folder, seed, config, arms):
     """Figures and weights of a seed, {} where nothing is stored; other settings are refused."""
     if folder is None:
         return {}, {}
-    paths = folder / f"seed-{seed}.json", folder / f"seed-{seed}.pt"
-    figures, weights = (read_stored(path) if path.exists() else {} for path in paths)
-    for path, stored in zip(paths, (figures, weights)):
-        check_same(path, "the base", stored.get("settings", {}), config)
-    for name in arms.keys() & figures.get("arms", {}).keys():
-        check_same(paths[0], name, figures["arms"][name]["settings"], arms[name][1])
-    if figures and not weights:
-        raise DemoError(f"{paths[0]} has figures, but their base, {paths[1]}, is gone: name "
-                        "another folder.")
-    return figures, weights
+    run, weights = (read_stored(folder / f"seed-{seed}.{kind}") for kind in ("json", "pt"))
+    made = [("the base", stored["settings"], config) for stored in (run, weights) if stored]
+    made += [(name, run["arms"][name]["settings"], own) for name, (_, own) in arms.items()
+             if run and name in run["arms"]]
+    for what, settings, wanted in made:
+        for name, value in settings.items():
+            if value != getattr(wanted, name, None):
+                raise DemoError(f"{folder}, seed {seed}: {what} was made with {name}={value}, not "
+                                f"{getattr(wanted, name, None)}: name another folder.")
+    if run and not weights:
+        raise DemoError(f"{folder}, seed {seed}: the base of these figures, seed-{seed}.pt, is "
+                        "gone: name another folder.")
+    return run, weights
 
 def demo(options):
     """Check everything first, then run the seeds."""
-    common = {**(QUICK if options.quick else {}), **read_settings(options.set)}
-    config = Config(**common)
-    arms = {name: read_arm(name, common) for name in options.arms}
+    common = [*(QUICK if options.quick else []), *options.set]
+    config, arms = configure(Config(), common), {one: read_arm(one, common) for one in options.arms}
     for given in (options.seeds, options.arms):
         if len(set(given)) < len(given):
             raise DemoError(f"{' '.join(map(str, given))}: one of these is named twice.")
@@ -981,14 +958,10 @@ def demo(options):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DemoError(f"--device {options.device}: PyTorch finds no such device here.") from error
-    if options.out:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-            save(options.out, ".writable", lambda file: None)
-            (options.out / ".writable").unlink()
-        except OSError as error:
-            raise DemoError(f"--out {options.out} is no folder to write to: {error.strerror}. Name "
-                            "another.") from error
+    if options.out:                              # what cannot be written to is found out now
+        options.out.mkdir(parents=True, exist_ok=True)
+        save(options.out, ".writable", {})
+        (options.out / ".writable").unlink()
     for seed in options.seeds:
         load(options.out, seed, config, arms)
     say(f"TABOM on synthetic arithmetic: {made_by(device)}")

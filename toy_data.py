@@ -117,6 +117,10 @@ def hide(tokens):
     response = tokens[:, PROMPT_LENGTH:].masked_fill(~is_given(tokens), MASK_ID)
     return torch.cat([tokens[:, :PROMPT_LENGTH], response], 1)
 
+def first_of_each(problems, count, choices):
+    """The first `count` of the problems with each number of digits to choose from."""
+    return torch.cat([problems[n_choices(problems) == c][:count] for c in choices])
+
 def references(prompt, style, generator):
     """A solution of each prompt of pick, with any factor that it allows -> solved rows."""
     draw = torch.rand(len(prompt), 2, generator=generator, device=prompt.device)
@@ -287,34 +291,41 @@ def orders_table(orders, gap):
             + "\n    best: factor, working, answer from its last digit, wherever they stand"
             + "\n    entropy gap: at the start, surest digit of the factor minus surest other one")
 
-def report(figures, gaps, paired):
-    """Tables of {arm: [figures of each seed]}, the entropy gap by c of each seed and
-    {"one - other": [(figures, figures) of each seed]}."""
+def report(runs, gaps, pairs):
+    """Tables of [{arm: figures} of each seed], the entropy gap by c of each seed, and the
+    differences of pairs (arm, arm), over the seeds that have both."""
+    arms = list(dict.fromkeys(arm for run in runs for arm in run))
+    rows_of = {arm: [run[arm] for run in runs if arm in run] for arm in arms}
+
     def mean(rows, figure):
         return sum(map(figure, rows)) / len(rows)
 
-    def column(name, form="{:.1f}"):
-        return [form.format(mean(rows, lambda row: row[name])) for rows in figures.values()]
+    def column(figure, form="{:.1f}"):
+        if isinstance(figure, str):
+            name, figure = figure, lambda row: row[name]
+        return [form.format(mean(rows, figure)) for rows in rows_of.values()]
 
-    arms = list(figures)
-    old = [[mean(rows, lambda row: row["old"][domain]) for rows in figures.values()]
-           for domain in ("add", "sub", "mul")]
-    seeds = [len(rows) for rows in figures.values()]
     spread = [torch.tensor([row["greedy"] for row in rows]).std().item() if len(rows) > 1 else ""
-              for rows in figures.values()]
+              for rows in rows_of.values()]
     gains = table(["arm", "seeds", "greedy", "± sd", "2 tokens", "sampled", "best order", "add",
-                   "sub", "mul"], zip(arms, seeds, column("greedy"), spread, column("2 tokens"),
-                                      column("sampled"), column("best order"), *old))
+                   "sub", "mul"], zip(
+        arms, map(len, rows_of.values()), column("greedy"), spread, column("2 tokens"),
+        column("sampled"), column("best order"), column(lambda row: row["old"]["add"]),
+        column(lambda row: row["old"]["sub"]), column(lambda row: row["old"]["mul"])))
     ways = table(["arm", "effective", "equal", "turn", "TDS", "pairs"], zip(
         arms, column("effective factors", "{:.2f}"), column("equal digits"), column("factor turn"),
         column("TDS", "{:.3f}"), column("pair accuracy")))
     dial = table(["greedy, by digits to choose from", *CHOICES], [
         ["entropy gap, nats", *(f"{mean(gaps, lambda gap: gap[str(c)]):.2f}" for c in CHOICES)],
         *([arm, *(mean(rows, lambda row: row["by c"][str(c)]) for c in CHOICES)]
-          for arm, rows in figures.items())])
+          for arm, rows in rows_of.items())])
     lines = [EXPLANATION, gains, ways, dial]
-    differences = {name: [one["greedy"] - other["greedy"] for one, other in rows]
-                   for name, rows in paired.items() if len(rows) > 1}
+    differences = {}
+    for one, other in pairs:
+        both = [run for run in runs if one in run and other in run]
+        if len(both) > 1:
+            differences[f"{one} - {other}"] = [run[one]["greedy"] - run[other]["greedy"]
+                                               for run in both]
     if differences:
         lines.append(table(["greedy, paired by seed", "seeds", "mean", "95 % interval"], [
             [name, len(values), "{:+.1f}".format(mean_and_interval(values)[0]),
