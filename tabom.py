@@ -816,12 +816,15 @@ def run_arm(name, arm, config, bench):
     return {"settings": settings_of(config, OWN), **figures, "prior weight": weight,
             "rounds": rounds}, model
 
-def film(model, problem):
-    """How a model decodes one problem (1, L+N), state by state, as text."""
-    trajectory, _ = answer(model, problem)
-    states = replay(model, trajectory, mask_id=toy.MASK_ID)
-    return toy.draw_trajectory(rows_of(trajectory)[0], trajectory.decode_rank[0],
-                               [entropy[0] for _, _, entropy in states])
+def film(problem, **models):
+    """How models decode one problem (1, L+N), side by side, state by state, as text."""
+    shown = []
+    for model in models.values():
+        trajectory, _ = answer(model, problem)
+        states = replay(model, trajectory, mask_id=toy.MASK_ID)
+        shown.append((rows_of(trajectory)[0], trajectory.decode_rank[0],
+                      [entropy[0] for _, _, entropy in states]))
+    return toy.draw_trajectories(models, shown)
 
 def run_seed(config, seed, arms, device, folder):
     """The whole chain of one seed -> every figure; what is finished is stored at once.
@@ -856,8 +859,9 @@ def run_seed(config, seed, arms, device, folder):
     say(toy.orders_table(run["orders by c"], run["entropy gap"]))
     shown = toy.first_of_each(tests["pick"], config.test_problems, [4])
     shown = shown[answer(base, shown)[1].int().argsort(stable=True)[:1]]
-    stage("The first prompt with four digits to choose from that the base gets wrong")
-    say(film(base, shown))
+    stage("The first prompt with four digits to choose from that the base gets wrong, as it decodes"
+          "\n    it: the position just written is marked, those to come are darker the less sure")
+    say(film(shown, base=base))
 
     stage("Fine-tune: same base, same batch order, same number of updates, last checkpoint")
     say("    T3D's preference is 1.040 while model and reference agree; the reference catches up\n"
@@ -875,9 +879,10 @@ def run_seed(config, seed, arms, device, folder):
             save(folder, f"seed-{seed}.pt", weights)
         save(folder, f"seed-{seed}.json", run)
     if "TABOM" in weights:
-        stage("The same prompt, as TABOM decodes it")
-        base.load_state_dict(weights["TABOM"])
-        say(film(base, shown))
+        stage("The same prompt, as the base and TABOM decode it")
+        tuned = copy.deepcopy(base)
+        tuned.load_state_dict(weights["TABOM"])
+        say(film(shown, base=base, TABOM=tuned))
     return run
 
 def report(runs):

@@ -1131,13 +1131,15 @@ def test_a_trajectory_is_drawn_state_by_state(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
     rank = torch.tensor([11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7])
     entropies = [torch.full((12,), 1.6)] * 12 + [torch.zeros(12)]
-    lines = toy_data.draw_trajectory(rows(SOLVED[0])[0], rank, entropies).splitlines()
-    assert lines[0].split() == ["47×58a", *"ppppbbuuuttt"]
-    assert lines[1].split() == ["step", "0", *"++++++++++++"]
-    assert lines[3].endswith(" +  +  +  +  8 [5] +  +  +  +  +  + ")
-    assert lines[13].split() == ["step", "12", "[3]", *"99585235376", "right"]
-    wrong = toy_data.draw_trajectory(rows("47×58a 3994 85 235 376")[0], rank, entropies)
-    assert wrong.endswith("wrong")
+    right, wrong = ((rows(text)[0], rank, entropies) for text in (SOLVED[0],
+                                                                  "47×58a 3994 85 235 376"))
+    lines = toy_data.draw_trajectories(["one", "two"], [right, wrong]).splitlines()
+    assert lines[0].split() == ["47×58a", "one", "|", "two"]
+    assert lines[1].split() == [*"ppppbbuuuttt", "|", *"ppppbbuuuttt"]
+    assert lines[2].split() == ["step", "0", *"++++++++++++", "|", *"++++++++++++"]
+    assert lines[4].endswith("   +  +  +  +  8 [5] +  +  +  +  +  + ")
+    assert lines[14].split()[:14] == ["step", "12", "[3]", *"99585235376"]
+    assert lines[15].split() == ["right", "|", "wrong"] and len(lines) == 16
 
 # ==== The demo: training, collecting, evaluating ==================================================
 

@@ -333,18 +333,27 @@ def report(runs, gaps, pairs):
             for name, values in differences.items()]))
     return "\n\n".join(lines)
 
-def draw_trajectory(tokens, rank, entropies):
-    """Every state of one trajectory, a line each: a row (18,), rank (12,) and for each state the
-    entropies (12,).  What is visible is written out, what was just revealed marked, what is masked
-    shaded by its entropy, a shade for each half nat."""
+def draw_states(tokens, rank, entropies):
+    """One trajectory, a row (18,), rank (12,) and for each state the entropies (12,) -> lines: the
+    names of the fields, each state, the verdict.  What is visible is written out, what was just
+    revealed marked, what is masked shaded by its entropy, a shade for each half nat."""
     shades, mark, plain = " .:+#", "[{}]", " {} "
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        shades, mark, plain = " ░▒▓█", "\033[7m{}\033[0m", "{}"
+        shades, mark = " ░▒▓█", "\033[7m {} \033[0m"
     names = ("ppppbbuuuttt"[column] for column in columns_of(tokens[None])[0].tolist())
-    lines = [f"    {to_text(tokens[:PROMPT_LENGTH])}   " + "".join(map(plain.format, names))]
+    lines = ["".join(map(plain.format, names))]
     for step, entropy in enumerate(entropies):
         cells = [plain.format(shades[min(int(2 * nats), 4)]) if turn >= step else
                  (mark if turn == step - 1 else plain).format(character) for character, turn, nats
                  in zip(to_text(tokens[PROMPT_LENGTH:]), rank.tolist(), entropy.tolist())]
-        lines.append(f"    step {step:2}  {''.join(cells)}")
-    return "\n".join(lines) + f"  {'right' if is_correct(tokens[None]) else 'wrong'}"
+        lines.append("".join(cells))
+    return [*lines, ("right" if is_correct(tokens[None]) else "wrong").center(len(lines[0]))]
+
+def draw_trajectories(names, trajectories):
+    """Trajectories of one prompt side by side, each as `draw_states` wants it -> text."""
+    prompt = to_text(trajectories[0][0][:PROMPT_LENGTH])
+    labels = [prompt, "", *(f"step {step}" for step in range(RESPONSE_LENGTH + 1)), ""]
+    columns = [[name.center(3 * RESPONSE_LENGTH), *draw_states(*one)]
+               for name, one in zip(names, trajectories)]
+    return "\n".join(f"    {label:9}" + "  |  ".join(cells)
+                     for label, *cells in zip(labels, *columns))
