@@ -133,16 +133,15 @@ def response_logits(model, prompt, x_t, at=None):
     return logits[torch.arange(len(at), device=at.device)[:, None], prompt.shape[1] + at]
 
 def masked_logits(model, trajectories, masked, counted, mask_id, at=None):
-    """Hide the `masked` positions and predict -> logits (B, N, V), or (B, W, V) `at` some; 0 where
-    nothing is `counted`, so that no nan from there reaches a gradient."""
+    """Hide the `masked` positions and predict -> logits (B, N, V), or (B, W, V) `at` some.  Covered
+    are [MASK] and what is not `counted`, so that no nan from there reaches a gradient."""
     x_t = trajectories.response.masked_fill(masked, mask_id)
     logits = response_logits(model, trajectories.prompt, x_t, at)
-    return ban_mask(logits.masked_fill(~counted[:, :, None], 0), mask_id)
+    is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+    return logits.masked_fill(is_mask | ~counted[:, :, None], torch.finfo(logits.dtype).min)
 
 def ban_mask(logits, mask_id):
     """If the vocabulary has an entry for [MASK], make it impossible: no response contains it."""
-    if mask_id >= logits.shape[-1]:
-        return logits
     is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
     return logits.masked_fill(is_mask, -torch.inf)
 
@@ -474,8 +473,8 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
         return row_mean(token_nll(theirs, y) - token_nll(logits, y), masked)
 
     x_0 = trajectories.response.masked_fill(~masked, 0)
-    y = theirs.argmax(-1)
-    preference = -F.logsigmoid(b * log_ratio(x_0)) - a * F.logsigmoid(-b * log_ratio(y))
+    rejected = theirs.argmax(-1)                                         # y^
+    preference = -F.logsigmoid(b * log_ratio(x_0)) - a * F.logsigmoid(-b * log_ratio(rejected))
     later = (n[:, None] - trajectories.decode_rank).float()              # n_masked .. 1
     weight = later / masked.sum(1, keepdim=True).clamp(min=1)            # (B, N)
     path = torch.where(masked, weight * token_nll(logits, x_0), 0).sum(1)
@@ -890,7 +889,7 @@ def report(runs):
     names = list(dict.fromkeys(name for run in runs for name in run["arms"]))
     pairs = [(name, "No-SFT") for name in names if name != "No-SFT"]
     pairs += [("TABOM", name) for name in names if name not in ("No-SFT", "TABOM")]
-    return toy.report([run["arms"] for run in runs], [run["entropy gap"] for run in runs], pairs)
+    return toy.report(runs, pairs)
 
 # == 16. The command line, and one folder for a run ================================================
 

@@ -1117,8 +1117,11 @@ def test_report_shows_means_spread_and_paired_differences():
             {"entropy gap": gap, "arms": {"No-SFT": figures(50.0), "TABOM": figures(62.0),
                                           "SFT-SD": figures(51.0)}}]
     lines = [line.split() for line in tabom.report(runs).splitlines()]
-    assert "No-SFT 2 45.0 7.1 10.0 20.0 90.0 99.0 98.0 97.0".split() in lines
-    assert "SFT-SD 1 51.0 10.0 20.0 90.0 99.0 98.0 97.0".split() in lines
+    marks = {column: "1" for column in (20, 25)}
+    dots = "".join(marks.get(column, "·") for column in range(51))
+    assert ["No-SFT", "2", "45.0", "7.1", dots] in lines
+    assert lines[[line[:1] for line in lines].index(["SFT-SD"])][:3] == ["SFT-SD", "1", "51.0"]
+    assert "No-SFT 10.0 20.0 90.0 99.0 98.0 97.0".split() in lines
     assert "TABOM 4.25 50.0 6.5 0.223 60.0".split() in lines
     assert "TABOM 60.0 59.0 58.0 57.0 56.0".split() in lines
     assert "entropy gap, nats 0.10 0.20 0.30 0.40 0.50".split() in lines

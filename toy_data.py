@@ -18,8 +18,6 @@ nats a digit.  The leading digit of a product has few likely values, so it *look
 choice that it depends on.  Written first, it asks for a factor that fits, which is hard to find.
 The order of lowest entropy starts at that wrong end, although the model knows all it needs.  c is a
 dial: the more digits to choose from, the larger the gap; at c = 1 there is nothing to choose.
-
-First the problems and the checker; then figures of answers; last, figures and answers as text.
 """
 import os
 import sys
@@ -262,8 +260,8 @@ EXPLANATION = """\
     equal       greedy answers whose factor has two equal digits, percent
     turn        when a digit of the factor was written, from 1 (first) to 12
     TDS         variance of the entropies of what is still masked, nats²: is easy told from hard?
-    pairs       pairs of a window of held-out trajectories whose entropies are in the recorded
-                order, percent; chance is 50"""
+    pairs       pairs of a window of unseen trajectories whose entropies are in the recorded order,
+                percent; chance is 50"""
 
 # Student's t, 97.5 %, for 2, 3, .. 20 numbers: half of a 95 % interval in standard errors.
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
@@ -291,47 +289,50 @@ def orders_table(orders, gap):
             + "\n    best: factor, working, answer from its last digit, wherever they stand"
             + "\n    entropy gap: at the start, surest digit of the factor minus surest other one")
 
-def report(runs, gaps, pairs):
-    """Tables of [{arm: figures} of each seed], the entropy gap by c of each seed, and the
-    differences of pairs (arm, arm), over the seeds that have both."""
-    arms = list(dict.fromkeys(arm for run in runs for arm in run))
-    rows_of = {arm: [run[arm] for run in runs if arm in run] for arm in arms}
+def dots(values, width=51):
+    """Percentages on a line from 0 to 100: how many of them fall into each column."""
+    places = [round(value / 100 * (width - 1)) for value in values]
+    return "".join(str(places.count(at)) if at in places else "·" for at in range(width))
 
-    def mean(rows, figure):
-        return sum(map(figure, rows)) / len(rows)
+def report(runs, pairs):
+    """The tables of runs as in seed-N.json; differences of pairs (arm, arm), paired by seed."""
+    arms = {arm: [] for run in runs for arm in run["arms"]}
+    for run in runs:
+        for arm, row in run["arms"].items():
+            arms[arm].append({**row, **row["old"], **row["by c"]})
 
-    def column(figure, form="{:.1f}"):
-        if isinstance(figure, str):
-            name, figure = figure, lambda row: row[name]
-        return [form.format(mean(rows, figure)) for rows in rows_of.values()]
+    def mean(rows, name, decimals=1):
+        return f"{sum(row[name] for row in rows) / len(rows):.{decimals}f}"
 
-    spread = [torch.tensor([row["greedy"] for row in rows]).std().item() if len(rows) > 1 else ""
-              for rows in rows_of.values()]
-    gains = table(["arm", "seeds", "greedy", "± sd", "2 tokens", "sampled", "best order", "add",
-                   "sub", "mul"], zip(
-        arms, map(len, rows_of.values()), column("greedy"), spread, column("2 tokens"),
-        column("sampled"), column("best order"), column(lambda row: row["old"]["add"]),
-        column(lambda row: row["old"]["sub"]), column(lambda row: row["old"]["mul"])))
-    ways = table(["arm", "effective", "equal", "turn", "TDS", "pairs"], zip(
-        arms, column("effective factors", "{:.2f}"), column("equal digits"), column("factor turn"),
-        column("TDS", "{:.3f}"), column("pair accuracy")))
-    dial = table(["greedy, by digits to choose from", *CHOICES], [
-        ["entropy gap, nats", *(f"{mean(gaps, lambda gap: gap[str(c)]):.2f}" for c in CHOICES)],
-        *([arm, *(mean(rows, lambda row: row["by c"][str(c)]) for c in CHOICES)]
-          for arm, rows in rows_of.items())])
-    lines = [EXPLANATION, gains, ways, dial]
-    differences = {}
+    def means(title, columns):
+        """columns: {name above: (name in the figures, decimals)}"""
+        return [title, *columns], [[arm, *(mean(rows, *column) for column in columns.values())]
+                                   for arm, rows in arms.items()]
+
+    spread = [[arm, len(rows), mean(rows, "greedy"),
+               f"{torch.tensor([row['greedy'] for row in rows]).std():.1f}" if rows[1:] else "",
+               dots([row["greedy"] for row in rows])] for arm, rows in arms.items()]
+    header, by_c = means("greedy, by digits to choose from", {str(c): (str(c), 1) for c in CHOICES})
+    gap = ["entropy gap, nats", *(mean([run["entropy gap"] for run in runs], str(c), 2)
+                                  for c in CHOICES)]
+    tables = [(["greedy", "seeds", "mean", "± sd", "each seed, from 0 to 100".ljust(51)], spread),
+              means("arm", {name: (name, 1) for name in ("2 tokens", "sampled", "best order", "add",
+                                                         "sub", "mul")}),
+              means("arm", {"effective": ("effective factors", 2), "equal": ("equal digits", 1),
+                            "turn": ("factor turn", 1), "TDS": ("TDS", 3),
+                            "pairs": ("pair accuracy", 1)}),
+              (header, [gap, *by_c])]
+    differences = []
     for one, other in pairs:
-        both = [run for run in runs if one in run and other in run]
-        if len(both) > 1:
-            differences[f"{one} - {other}"] = [run[one]["greedy"] - run[other]["greedy"]
-                                               for run in both]
+        values = [run["arms"][one]["greedy"] - run["arms"][other]["greedy"] for run in runs
+                  if {one, other} <= run["arms"].keys()]
+        if len(values) > 1:
+            middle, low, high = mean_and_interval(values)
+            differences.append([f"{one} - {other}", len(values), f"{middle:+.1f}",
+                                f"[{low:+.1f}, {high:+.1f}]"])
     if differences:
-        lines.append(table(["greedy, paired by seed", "seeds", "mean", "95 % interval"], [
-            [name, len(values), "{:+.1f}".format(mean_and_interval(values)[0]),
-             "[{:+.1f}, {:+.1f}]".format(*mean_and_interval(values)[1:])]
-            for name, values in differences.items()]))
-    return "\n\n".join(lines)
+        tables.append((["greedy, paired by seed", "seeds", "mean", "95 % interval"], differences))
+    return "\n\n".join([EXPLANATION, *(table(*one) for one in tables)])
 
 def draw_states(tokens, rank, entropies):
     """One trajectory, a row (18,), rank (12,) and for each state the entropies (12,) -> lines: the

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""What only the evidence needs: python .results/measure.py N ..., for the seeds N of .results/ten.
+
+Run `python tabom.py --demo --out .results/ten --seeds N ...` first: its bases and tuned models are
+used here, and the figures are written to .results/measure/seed-N.json.
+"""
+import copy
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import tabom                     # noqa: E402
+import toy_data as toy           # noqa: E402
+from tabom import predictive_entropy, response_logits, rows_of, score   # noqa: E402
+
+def entropies(model, tokens):
+    """(n, L+N) -> (n, N) nats."""
+    return predictive_entropy(response_logits(model, *tabom.halves(tokens)))
+
+def likelihood_gap(base, kept, seed):
+    """Fig. 3: nats by which reference solutions in another style are less likely to the base than
+    its own kept answers to the same prompts, for each mask ratio 0.1 .. 0.9."""
+    other = tabom.training_data("SFT-GT", kept, tabom.Config(), seed)
+    gaps = []
+    for ratio in range(1, 10):
+        nll = [tabom.nelbo_loss(base, data, mask_id=toy.MASK_ID, mask_ratio=ratio / 10,
+                                generator=tabom.random_stream(seed, "masks"))[0].item()
+               for data in (kept, other)]
+        gaps.append(nll[1] - nll[0])
+    return gaps
+
+def head_start(base, pick):
+    """Accuracy by c if the digits of the factor get a head start of delta nats."""
+    def order_of(delta):
+        return lambda logits, tokens: (predictive_entropy(logits)
+                                       - delta * toy.is_factor(tokens).float())
+    return {f"{i / 10:.1f}": score(base, pick, order=order_of(i / 10)) for i in range(13)}
+
+def pseudo_likelihood(model, trajectories):
+    """Sum over positions of log p(token), each seen with all others there -> (n,), (n, N)."""
+    found = []
+    for i in range(toy.RESPONSE_LENGTH):
+        x_t = trajectories.response.clone()
+        x_t[:, i] = toy.MASK_ID
+        logits = response_logits(model, trajectories.prompt, x_t)[:, i:i + 1]
+        found.append(-tabom.token_nll(logits, trajectories.response[:, i:i + 1])[:, 0])
+    return torch.stack(found, 1)
+
+def by_more_calls(base, pick, seed):
+    """Rivals that spend more calls on an answer -> {name: [percent right, calls per answer]}."""
+    def percent(tokens):
+        return toy.by_choices(tokens, toy.is_correct(tokens))["all"]
+    n, results = len(pick), {}
+    samples, _ = tabom.answer(base, pick.repeat_interleave(16, 0),
+                              tabom.random_stream(seed, "evaluate"), temperature=1.0)
+    best = pseudo_likelihood(base, samples).sum(1).view(n, 16).argmax(1)
+    results["best of 16 by pseudo-likelihood"] = [
+        percent(rows_of(samples)[torch.arange(n) * 16 + best]), 16 * 24]
+    tokens = rows_of(tabom.answer(base, pick)[0])
+    for times in (1, 2):
+        worst = pseudo_likelihood(base, tabom.solved(tokens)).topk(4, largest=False).indices
+        tokens = tokens.clone().scatter_(1, worst + toy.PROMPT_LENGTH, toy.MASK_ID)
+        tokens = rows_of(tabom.answer(base, tokens)[0])
+        results[f"erase the 4 least likely, decode again, {times} x"] = [
+            percent(tokens), 12 + times * (12 + 4)]
+    return results
+
+@torch.no_grad()
+def gap_after_reveals(model, pick):
+    """Entropy gap, nats, mean over c = 2 .. 5, where no digit of the factor is written: at the
+    start and after three reveals of the model's own greedy decoding; and the turn of the factor."""
+    answers, _ = tabom.answer(model, pick)
+    found = {"turn": toy.factor_figures(rows_of(answers), answers.decode_rank)["factor turn"]}
+    for n_visible, (x_t, masked, entropy) in enumerate(
+            tabom.replay(model, answers, mask_id=toy.MASK_ID)):
+        if n_visible in (0, 3):
+            hidden = entropy.masked_fill(~masked, torch.inf)
+            some = (masked | ~toy.is_factor(pick)).all(1)
+            found[f"after {n_visible}"] = toy.by_choices(
+                pick[some], toy.entropy_gap(pick, hidden)[some])["all"]
+    return found
+
+@torch.no_grad()
+def pairs_by_distance(model, held_out):
+    """Percent of pairs in the recorded order, at the cut, by the distance of their ranks 1 .. 11;
+    over all cuts and all that is masked."""
+    right, total = torch.zeros(12), torch.zeros(12)
+    rank = held_out.decode_rank
+    for _, masked, entropy in tabom.replay(model, held_out, mask_id=toy.MASK_ID):
+        pairs = masked[:, :, None] & masked[:, None, :]
+        distance = rank[:, None, :] - rank[:, :, None]
+        ordered = entropy[:, :, None] < entropy[:, None, :]
+        for d in range(1, 12):
+            right[d] += (pairs & ordered & (distance == d)).sum()
+            total[d] += (pairs & (distance == d)).sum()
+    return (100 * right / total)[1:].tolist()
+
+def measure(seed):
+    run = json.loads((HERE / "ten" / f"seed-{seed}.json").read_text())
+    weights = torch.load(HERE / "ten" / f"seed-{seed}.pt", weights_only=True)
+    config, tuned_config = (tabom.Config(**run["settings"]), tabom.Config(
+        **run["settings"], **run["arms"]["TABOM"]["settings"]))
+    base = tabom.Denoiser(len(toy.VOCABULARY), 18, config.layers, config.width).eval()
+    base.load_state_dict(weights["base"])
+    tuned = copy.deepcopy(base)
+    tuned.load_state_dict(weights["TABOM"])
+    problems = toy.split_problems(seed, config.layouts)[2]
+    pick = problems["pick"]["test"]
+    held_out = tabom.self_distil(base, problems["pick"]["validation"],
+                                 replace(config, queries=1000), seed)[-1]
+    tests = {"pick": pick, **{domain: problems[domain]["test"][:config.test_problems]
+                              for domain in ("add", "sub", "mul")}}
+    bench = tabom.Bench(seed, base, problems["pick"]["query"], problems["pick"]["validation"],
+                        tests, held_out, {})
+    arm, sd_config = tabom.read_arm("SFT-SD", [])
+    _, self_distilled = tabom.run_arm("SFT-SD", arm, sd_config, bench)
+    first = toy.read_number(bench.queries[:, :2])
+    unseen = pick[toy.read_number(pick[:, :2]) % 3 == 0]
+    apart = replace(bench, queries=bench.queries[first % 3 > 0], collected={})
+    _, without_threes = tabom.run_arm("TABOM, no first factor in 3, 6, ..", "TABOM", tuned_config,
+                                      apart)
+    def order_by(model):
+        return lambda logits, tokens: entropies(model, tokens)
+    def unequal(model):
+        answers, correct = tabom.answer(model, pick)
+        some = toy.read_factor(rows_of(answers)) % 11 > 0
+        return toy.by_choices(pick[some], correct[some])["all"]
+    return {
+        "seed": seed,
+        "likelihood gap": likelihood_gap(base, held_out, seed),
+        "orders": {"TABOM's order, base's tokens": score(base, pick, order=order_by(tuned))["all"],
+                   "base's order, TABOM's tokens": score(tuned, pick, order=order_by(base))["all"]},
+        "head start": head_start(base, pick),
+        "more calls": by_more_calls(base, pick, seed),
+        "gap": {"base": gap_after_reveals(base, pick), "TABOM": gap_after_reveals(tuned, pick),
+                "SFT-SD": gap_after_reveals(self_distilled, pick)},
+        "pairs by distance": {"base": pairs_by_distance(base, held_out),
+                              "TABOM": pairs_by_distance(tuned, held_out)},
+        "multiples of 3": {
+            "base": score(base, unseen)["all"], "TABOM": score(tuned, unseen)["all"],
+            "TABOM, none in the queries": score(without_threes, unseen)["all"]},
+        "without equal digits": {"base": unequal(base), "TABOM": unequal(tuned)}}
+
+if __name__ == "__main__":
+    (HERE / "measure").mkdir(exist_ok=True)
+    for number in map(int, sys.argv[1:]):
+        (HERE / "measure" / f"seed-{number}.json").write_text(json.dumps(measure(number), indent=1))
