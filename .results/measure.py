@@ -2,7 +2,7 @@
 """What only the evidence needs: python .results/measure.py N ..., for the seeds N of .results/ten.
 
 Run `python tabom.py --demo --out .results/ten --seeds N ...` first: its bases and tuned models are
-used here, and the figures are written to .results/measure/seed-N.json.
+used here, and the figures are written to .results/measure/seed-N.json.  Without seeds: the tables.
 """
 import copy
 import json
@@ -146,7 +146,81 @@ def measure(seed):
             "TABOM, none in the queries": score(without_threes, unseen)["all"]},
         "without equal digits": {"base": unequal(base), "TABOM": unequal(tuned)}}
 
+def read(folder):
+    return [json.loads(path.read_text()) for path in sorted((HERE / folder).glob("seed-*.json"))]
+
+def interval(values, decimals=1):
+    mean, low, high = toy.mean_and_interval(list(values))
+    return f"{mean:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]"
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+def dial(runs):
+    """What the ranking term adds to trajectory masking, by c: a picture for two margins."""
+    lines, masking = [], "trajectory:kept_each=250"
+    for title, ours in (("gamma 1", "TABOM:kept_each=250"),
+                        ("gamma 0.2", "TABOM:kept_each=250,margin=0.2,learning_rate=1e-4")):
+        lines.append(f"    {title}: what ranking adds to masking, points, 250 rollouts for each c")
+        for c in map(str, toy.CHOICES):
+            added = [run["arms"][ours]["by c"][c] - run["arms"][masking]["by c"][c] for run in runs]
+            middle, low, high = (round(value / 2) + 20 for value in toy.mean_and_interval(added))
+            bar = ["-" if low <= at <= high else " " for at in range(51)]
+            bar[20], bar[max(0, min(50, middle))] = "|", "o"
+            gap = mean(run["entropy gap"][c] for run in runs)
+            lines.append(f"    c = {c}, gap {gap:4.2f} nats  {''.join(bar)}  {interval(added)}")
+    return "\n".join(lines)
+
+def head_start_of(curve, accuracy):
+    """The delta at which the base's curve {delta: by c} reaches an accuracy, by interpolation."""
+    points = [(float(delta), by_c["all"]) for delta, by_c in curve.items()]
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if y0 <= accuracy <= y1:
+            return x0 + (x1 - x0) * (accuracy - y0) / max(y1 - y0, 1e-9)
+    return 0.0 if accuracy < points[0][1] else points[-1][0]
+
+def report():
+    runs, found = read("ten"), read("measure")
+    def row(name, value, decimals=1):
+        return [name, *(f"{mean(value(one, where) for one in found):.{decimals}f}"
+                        for where in ("base", "SFT-SD", "TABOM"))]
+    calls = {name: [mean(one["more calls"][name][0] for one in found), str(calls)]
+             for name, (_, calls) in found[0]["more calls"].items()}
+    greedy = {arm: [run["arms"][arm]["greedy"] for run in runs] for arm in runs[0]["arms"]}
+    worth = [[arm, interval([head_start_of(one["head start"], value) for one, value in
+                             zip(found, greedy[arm])], 2)]
+             for arm in ("TABOM:rank_weight=1,margin=0.2,learning_rate=1e-4",
+                         "TABOM:margin=0.2,learning_rate=1e-4", "TABOM", "TABOM:margin=2")]
+    curve = [[f"{i / 10:.1f}", *(mean(one["head start"][f"{i / 10:.1f}"][c] for one in found)
+                                 for c in ("all", "2", "3", "4", "5"))] for i in range(0, 13, 2)]
+    tables = [
+        toy.table(["way to answer", "right, %", "calls per answer"], [
+            ["base, its own order", mean(greedy["No-SFT"]), "12"],
+            *([name, *row] for name, row in calls.items()),
+            ["TABOM, its own order", mean(greedy["TABOM"]), "12"]]),
+        toy.table(["order of one, tokens of the other", "right, %"], [
+            [name, mean(one["orders"][name] for one in found)] for name in found[0]["orders"]]),
+        toy.table(["head start of the factor, nats", "2 to 5", "2", "3", "4", "5"], curve),
+        toy.table(["what training is worth", "nats of head start"], worth),
+        toy.table(["entropy gap, nats; turn of the factor", "base", "SFT-SD", "TABOM"], [
+            row("gap at the start", lambda one, who: one["gap"][who]["after 0"], 2),
+            row("gap after three reveals", lambda one, who: one["gap"][who]["after 3"], 2),
+            row("turn of the factor", lambda one, who: one["gap"][who]["turn"])]),
+        toy.table(["pairs in the recorded order, %, ranks apart", *map(str, range(1, 12))], [
+            [who, *(mean(one["pairs by distance"][who][d] for one in found) for d in range(11))]
+            for who in ("base", "TABOM")]),
+        toy.table(["test prompts whose first factor is a multiple of 3", "right, %"], [
+            [who, mean(one["multiples of 3"][who] for one in found)]
+            for who in found[0]["multiples of 3"]]),
+        toy.table(["answers whose factor has two different digits", "right, %"], [
+            [who, mean(one["without equal digits"][who] for one in found)]
+            for who in ("base", "TABOM")])]
+    return "\n\n".join([dial(runs), *tables])
+
 if __name__ == "__main__":
     (HERE / "measure").mkdir(exist_ok=True)
     for number in map(int, sys.argv[1:]):
         (HERE / "measure" / f"seed-{number}.json").write_text(json.dumps(measure(number), indent=1))
+    if not sys.argv[1:]:
+        print(report())
