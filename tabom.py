@@ -168,24 +168,16 @@ def predictive_entropy(logits):
 # Start fully masked; at each step ask the model about every masked position and write the surest.
 # Noting the step of each position is all it takes to record a trajectory.
 
-ORDERS = ("entropy", "confidence", "margin", "random")
+def confidence_difficulty(logits, tokens=None):
+    return -logits.softmax(-1, dtype=torch.float32).amax(-1)
 
-def entropy_and_difficulty(logits, mask_id, order="entropy", part_size=2 ** 21):
-    """(B, N, V) -> entropy and what the order sorts by, the easiest lowest: (B, N) each."""
-    entropy = torch.empty(logits.shape[:2], device=logits.device, dtype=torch.float32)
-    difficulty = torch.empty_like(entropy)
-    n_positions = max(1, part_size // max(1, logits[:, :1].numel()))
-    for start in range(0, logits.shape[1], n_positions):                 # in parts, to save memory
-        some = slice(start, start + n_positions)
-        part = ban_mask(logits[:, some], mask_id)
-        entropy[:, some] = difficulty[:, some] = predictive_entropy(part)
-        if order == "confidence":
-            difficulty[:, some] = -part.softmax(-1, dtype=torch.float32).amax(-1)
-        if order == "margin":
-            require(part.shape[-1] > 1, "order 'margin' needs a vocabulary of two tokens or more.")
-            best, second = part.softmax(-1, dtype=torch.float32).topk(2).values.unbind(-1)
-            difficulty[:, some] = second - best
-    return entropy, difficulty
+def margin_difficulty(logits, tokens=None):
+    require(logits.shape[-1] > 1, "order 'margin' needs a vocabulary of two tokens or more.")
+    best, second = logits.softmax(-1, dtype=torch.float32).topk(2).values.unbind(-1)
+    return second - best
+
+MEASURES = {"confidence": confidence_difficulty, "margin": margin_difficulty}
+ORDERS = ("entropy", *MEASURES, "random")
 
 def pick_tokens(logits, temperature, generator):
     """(..., V) -> (...): the likeliest tokens, or samples if the temperature is above 0."""
@@ -222,6 +214,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
     if isinstance(order, Tensor):                # sorted once in its own dtype: no two numbers tie
         fixed = rank_in_row(order[None]).to(device).expand(shape)
         order = lambda logits, tokens: fixed
+    order = MEASURES.get(order, order)
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
     masked = response == mask_id                 # from here on tracked, not read off the tokens
     masked = masked if decodable is None else masked & decodable
@@ -231,14 +224,14 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
     for step in range(response_length):
         if not masked.any():
             break
-        logits = response_logits(model, prompt, response)                # (B, N, V)
-        entropy, difficulty = entropy_and_difficulty(logits, mask_id, order)       # (B, N)
+        logits = ban_mask(response_logits(model, prompt, response), mask_id)       # (B, N, V)
+        entropy = difficulty = predictive_entropy(logits)                # (B, N)
         if order == "random":
             difficulty = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
-        elif callable(order):
-            difficulty = order(ban_mask(logits, mask_id), torch.cat([prompt, response], 1)).float()
+        elif order != "entropy":
+            difficulty = order(logits, torch.cat([prompt, response], 1)).float()
             require(difficulty.shape == shape and difficulty[masked].isfinite().all(),
-                    f"the order must give finite numbers of the shape {shape}.")
+                    f"the order must give finite numbers, {shape}; or were the logits nan?")
         if order_temperature > 0:                # the Gumbel trick: a draw without replacement
             noise = torch.empty_like(difficulty).exponential_(generator=generator).log()
             difficulty = difficulty / order_temperature + noise
@@ -246,7 +239,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
         candidates = masked & (block == current_block)
         turn = rank_in_row(difficulty.masked_fill(~candidates, torch.inf))
         chosen = candidates & (turn < tokens_per_step)                   # Eq. 2
-        response[chosen] = pick_tokens(ban_mask(logits[chosen], mask_id), temperature, generator)
+        response[chosen] = pick_tokens(logits[chosen], temperature, generator)
         step_of[chosen], reveal_entropy[chosen] = step, entropy[chosen]
         masked = masked & ~chosen
     require(reveal_entropy.isfinite().all() and not masked.any(), "the logits were nan or +inf.")
@@ -369,7 +362,7 @@ def replay(model, trajectories, *, mask_id):
         _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
         x_t = trajectories.response.masked_fill(masked, mask_id)
         logits = response_logits(model, trajectories.prompt, x_t)        # (B, N, V)
-        yield x_t, masked, entropy_and_difficulty(logits, mask_id)[0]
+        yield x_t, masked, predictive_entropy(ban_mask(logits, mask_id))
 
 def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
     """Score of each state of recorded trajectories -> score (B, N+1) nats squared, counted bool.
