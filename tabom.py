@@ -168,15 +168,17 @@ def predictive_entropy(logits):
 # Start fully masked; at each step ask the model about every masked position and write the surest.
 # Noting the step of each position is all it takes to record a trajectory.
 
-def confidence_difficulty(logits, tokens=None):
+def by_confidence(logits, tokens):
+    """An order, as in LLaDA: the highest top probability first.  (B, N, V) -> difficulty (B, N)"""
     return -logits.softmax(-1, dtype=torch.float32).amax(-1)
 
-def margin_difficulty(logits, tokens=None):
+def by_margin(logits, tokens):
+    """An order: the largest gap between the two likeliest tokens first."""
     require(logits.shape[-1] > 1, "order 'margin' needs a vocabulary of two tokens or more.")
     best, second = logits.softmax(-1, dtype=torch.float32).topk(2).values.unbind(-1)
     return second - best
 
-MEASURES = {"confidence": confidence_difficulty, "margin": margin_difficulty}
+MEASURES = {"confidence": by_confidence, "margin": by_margin}
 ORDERS = ("entropy", *MEASURES, "random")
 
 def pick_tokens(logits, temperature, generator):
