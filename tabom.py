@@ -39,7 +39,8 @@ class Trajectories:
     decode_rank (B, N) int64: 0 = revealed first; in each row a permutation of 0 .. n-1 over the n
                 positions that were decoded, and -1 at the others.  The others keep what `response`
                 holds (a given token, padding, mask_id), are never trained, ranked or counted.
-    entropy     (B, N) float, nats, of each position just before it was revealed; breaks ties
+    entropy     (B, N) float, nats, of each position just before it was revealed.  It orders what
+                one step has revealed; the losses measure entropies anew.
     A wrong shape or dtype raises ValueError; `validate` looks at the values, too.
     """
     prompt: Tensor
@@ -121,8 +122,8 @@ def segment_masks(decode_rank, n_visible, window_size):
 
 def response_logits(model, prompt, x_t, at=None):
     """The only call of a model: logits of x_t (B, N), all of them or `at` some positions (B, W).
-    For prompts padded on the left, `model` attends to (tokens != pad_id).cumsum(1) > 0; without
-    the cumsum it would not see the end tokens of a response if pad is EOS."""
+    With prompts padded on the left, `model` attends from the first other token on: (tokens !=
+    pad_id).cumsum(1) > 0.  tokens != pad_id would also hide the EOS of a response if pad is EOS."""
     tokens = torch.cat([prompt, x_t], 1)
     require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
@@ -133,8 +134,9 @@ def response_logits(model, prompt, x_t, at=None):
     return logits[torch.arange(len(at), device=at.device)[:, None], prompt.shape[1] + at]
 
 def masked_logits(model, trajectories, masked, counted, mask_id, at=None):
-    """Hide the `masked` positions and predict -> logits (B, N, V), or (B, W, V) `at` some.  Covered
-    are [MASK] and what is not `counted`, so that no nan from there reaches a gradient."""
+    """Hide the `masked` positions and predict -> logits (B, N, V), or (B, W, V) `at` some.  Logits
+    of [MASK], and all of a position that is not `counted`, become the lowest finite number: -inf,
+    or a nan from padding, would make the gradient nan."""
     x_t = trajectories.response.masked_fill(masked, mask_id)
     logits = response_logits(model, trajectories.prompt, x_t, at)
     is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
@@ -182,13 +184,13 @@ MEASURES = {"confidence": by_confidence, "margin": by_margin}
 ORDERS = ("entropy", *MEASURES, "random")
 
 def pick_tokens(logits, temperature, generator):
-    """(..., V) -> (...): the likeliest tokens, or samples if the temperature is above 0."""
+    """(..., V) -> (...): the likeliest tokens, or samples if the temperature is above 0: if E is
+    exponentially distributed, the largest p / E is that of v with probability p(v)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
     p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    race = p / torch.empty_like(p).exponential_(generator=generator)
-    return race.argmax(-1)                       # is token v with probability p(v)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 @torch.no_grad()
 def decode(model, prompt, response_length, *, mask_id, order="entropy", order_temperature=0.0,
@@ -213,8 +215,10 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
     block_length = response_length if block_length is None else block_length
     check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_step, temperature,
                    block_length, given, decodable)
-    if isinstance(order, Tensor):                # sorted once in its own dtype: no two numbers tie
-        fixed = rank_in_row(order[None]).to(device).expand(shape)
+    if isinstance(order, Tensor):
+        if order_temperature == 0:               # sorted once in its own dtype: no two numbers tie
+            order = rank_in_row(order[None])[0]
+        fixed = order.to(device).expand(shape)
         order = lambda logits, tokens: fixed
     order = MEASURES.get(order, order)
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
@@ -234,7 +238,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
             difficulty = order(logits, torch.cat([prompt, response], 1)).float()
             require(difficulty.shape == shape and difficulty[masked].isfinite().all(),
                     f"the order must give finite numbers, {shape}; or were the logits nan?")
-        if order_temperature > 0:                # the Gumbel trick: a draw without replacement
+        if order_temperature > 0:                # the log of an exponential draw is minus a Gumbel
             noise = torch.empty_like(difficulty).exponential_(generator=generator).log()
             difficulty = difficulty / order_temperature + noise
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
@@ -270,9 +274,9 @@ def check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: ideally a state has a probability proportional to exp(-beta * sum of the entropies of
-# its tokens before they were revealed).  Fitting that needs a partition function; to compare two
-# states that differ in one token does not: if r was revealed before s, the state with r should be
-# the likelier, so r should have the lower entropy (Lemma 1).  gamma absorbs beta.
+# its tokens before they were revealed).  Fitting that needs a partition function; to compare what
+# comes of one state by revealing r, or s instead, does not: if r was revealed before s, the state
+# with r should be the likelier, so r should have the lower entropy (Lemma 1).  gamma absorbs beta.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -314,7 +318,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     _, masked, window = segment_masks(decode_rank, n_visible, window_size)
-    # Only the window's logits, in reveal order: the large tensors are (B, W, V) and (B, W, W).
+    # In reveal order, and only the window: softmax and pairs work on W positions instead of N.
     turn = decode_rank.masked_fill(~window, response.shape[1])
     at = turn.argsort(1)[:, :window_size]                                # (B, W) positions
     decode_rank, window, tokens = (x.gather(1, at) for x in (decode_rank, window, response))
@@ -530,7 +534,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            known, lowest = CHOICES.get(name), 0.0 if isinstance(value, float) else 1
+            known, lowest = ALLOWED.get(name), 0.0 if isinstance(value, float) else 1
             if known and value not in known:
                 raise DemoError(f"{name} must be one of {', '.join(map(str, known))}, not {value}.")
             if not known and not lowest <= value <= 1e6:
@@ -538,7 +542,7 @@ class Config:
         if self.width % HEADS or self.layers * self.width ** 2 > 1e8:
             raise DemoError(f"width must be a multiple of {HEADS}, and layers * width ** 2 <= 1e8.")
 
-CHOICES = {"layouts": (1, 3), "split": ("validation", "test"), "collect_order": ORDERS,
+ALLOWED = {"layouts": (1, 3), "split": ("validation", "test"), "collect_order": ORDERS,
            "rollout_filter": ("working", "answer", "none", "wrong"), "style": ("own", "other"),
            "ranks": ("recorded", "shuffled", "reversed", "swapped"),
            "prior": ("none", "kept", "contrast")}
@@ -576,7 +580,10 @@ def read_arm(name, common):
     if arm not in ARMS:
         raise DemoError(f"there is no arm {arm!r}, only {', '.join(ARMS)}.")
     config = configure(Config(), [*ARMS[arm], *common])
-    return arm, configure(config, own.split(",") if own else [], OWN)
+    config = configure(config, own.split(",") if own else [], OWN)
+    if config.prior != "none" and arm != "No-SFT":
+        raise DemoError(f"{name}: only No-SFT can have a prior.")
+    return arm, config
 
 # == 11. The denoiser ==============================================================================
 # A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
@@ -608,8 +615,7 @@ def random_stream(seed, purpose, device="cpu"):
     """A generator for each (seed, purpose): one never shifts another, so arms are paired."""
     return torch.Generator(device).manual_seed(len(PURPOSES) * seed + PURPOSES.index(purpose))
 
-# A bar on stderr for what takes longer than two seconds, if it is a terminal.
-progress = partial(tqdm, leave=False, delay=2, disable=None)
+progress = partial(tqdm, leave=False, delay=2, disable=None)   # a bar on stderr, if a terminal
 
 def say(text):
     tqdm.write(text, file=sys.stdout)            # above the bar
@@ -745,9 +751,9 @@ def evaluate(model, bench, config, order="entropy"):
     sampled, right = answer(model, several, draws(), order=order, temperature=1.0)
     spread, counted = discrimination_curve(model, answers, mask_id=mask_id)
     with torch.no_grad():
-        _, ranking = loss_of("trajectory", model, config)(
-            model, bench.held_out, mask_id=mask_id,
-            generator=random_stream(bench.seed, "masks", pick.device))
+        _, ranking = tabom_loss(                 # only for its pair accuracy, one window for all
+            model, bench.held_out, mask_id=mask_id, window_size=Config.window_size, margin=0.0,
+            rank_weight=0.0, generator=random_stream(bench.seed, "masks", pick.device))
     old = {domain: 100 * answer(model, problems, draws(), order=order)[1].float().mean().item()
            for domain, problems in bench.tests.items() if domain != "pick"}
     return {"greedy": by_c["all"], "by c": by_c, "old": old,
@@ -934,13 +940,14 @@ def load(folder, seed, config, arms):
     if folder is None:
         return {}, {}
     run, weights = (read_stored(folder / f"seed-{seed}.{kind}") for kind in ("json", "pt"))
-    made = [("the base", stored["settings"], config) for stored in (run, weights) if stored]
+    every = [weights, *map(read_stored, folder.glob("seed-*.json"))]     # one base for a folder
+    made = [("the base", stored["settings"], config) for stored in every if stored]
     made += [(name, run["arms"][name]["settings"], own) for name, (_, own) in arms.items()
              if run and name in run["arms"]]
     for what, settings, wanted in made:
         for name, value in settings.items():
             if value != getattr(wanted, name, None):
-                raise DemoError(f"{folder}, seed {seed}: {what} was made with {name}={value}, not "
+                raise DemoError(f"{folder}: {what} was made with {name}={value}, not "
                                 f"{getattr(wanted, name, None)}: name another folder.")
     if run and not weights:
         raise DemoError(f"{folder}, seed {seed}: the base of these figures, seed-{seed}.pt, is "
@@ -1004,7 +1011,7 @@ def main(arguments=None):
         if options.demo:
             demo(options)
         if options.report:
-            paths = sorted(options.report.glob("seed-*.json"), key=lambda path: len(path.name))
+            paths = sorted(options.report.glob("seed-*.json"), key=lambda path: path.name.zfill(20))
             if not paths:
                 raise DemoError(f"there is no seed-N.json in {options.report}.")
             say(report([read_stored(path) for path in paths]))

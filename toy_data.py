@@ -9,7 +9,7 @@ A problem is a row, 6 tokens of prompt and 12 of response, with [MASK] where the
     mul     47×..a    ____   85     ___   ___      the factor is given
     add     47+..a    0132   85     012   012      7 + 5 = 12,  4 + 8 = 12
     sub     85-..a    0038   47     108   004      15 - 7 = 8 with 1 borrowed,  8 - 4 = 4
-The last token of a prompt names the layout, one of three orders of the four fields:
+The last token of a prompt names the layout of the four fields: a, unless three are asked for:
     a  answer factor units tens      b  units tens factor answer      c  tens answer factor units
 
 Why order matters in pick.  The working is easy once the factor stands there, the answer once the
