@@ -358,11 +358,11 @@ def test_order_temperature_draws_positions_by_their_odds(tau):
     assert fit((order[0] for order in one_by_one), dict(enumerate(odds))) and fit(one_by_one, p)
     assert fit((order[2] for order in draws(order_temperature=tau, tokens_per_step=2)), last)
     measure = lambda logits, tokens: predictive_entropy(logits)  # noqa: E731
-    assert fit(draws(order_temperature=tau, order=measure), p)
+    for order in (measure, torch.tensor([entropy_of(row) for row in DISAGREE])):
+        assert fit(draws(order_temperature=tau, order=order), p)
     assert fit(draws(order="random"), alike := dict.fromkeys(p, 1)) and not fit(one_by_one, alike)
 
 def test_equal_scores_are_decoded_leftmost_first():
-    """A tie is no accident of the sorting algorithm: left to right."""
     for order, k in itertools.product(("entropy", "confidence", "margin", torch.zeros(40)), (1, 3)):
         got = decode(Scripted(torch.zeros(40, 3)), prompts(2), 40, mask_id=3, order=order,
                      tokens_per_step=k)
