@@ -22,6 +22,7 @@ def entropies(model, tokens):
     """(n, L+N) -> (n, N) nats."""
     return predictive_entropy(response_logits(model, *tabom.halves(tokens)))
 
+@torch.no_grad()
 def likelihood_gap(base, kept, seed):
     """Fig. 3: nats by which reference solutions in another style are less likely to the base than
     its own kept answers to the same prompts, for each mask ratio 0.1 .. 0.9."""
@@ -41,6 +42,7 @@ def head_start(base, pick):
                                        - delta * toy.is_factor(tokens).float())
     return {f"{i / 10:.1f}": score(base, pick, order=order_of(i / 10)) for i in range(13)}
 
+@torch.no_grad()
 def pseudo_likelihood(model, trajectories):
     """Sum over positions of log p(token), each seen with all others there -> (n,), (n, N)."""
     found = []
