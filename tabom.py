@@ -550,8 +550,8 @@ HEADS = 4
 NAMES = list(Config.__dataclass_fields__)
 SHARED, OWN = NAMES[:NAMES.index("queries")], NAMES[NAMES.index("queries"):]
 COLLECT = OWN[:OWN.index("ranks")]               # what decides which rollouts there are
-# The learning rate of each arm: of 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3 the one with the most right
-# answers among those that keep the other domains within a point, on validation prompts.
+# The learning rate of each arm: of 5e-5, 1e-4, 2e-4, 5e-4, 1e-3 (TABOM: 2e-5 to 2e-4) the one with
+# the most right answers among those that keep the other domains within a point, on validation.
 ARMS = {"No-SFT": [], "SFT-GT": [], "SFT-SD": ["learning_rate=1e-4"],
         "dInfer": ["learning_rate=1e-4"], "T3D": [], "trajectory": [],
         "TABOM": ["learning_rate=2e-5"]}
