@@ -18,9 +18,10 @@ Sections 1-8 are the method; they need torch and a callable `model(tokens) -> lo
 Then rivals, and the demo; its problems, their checker and its tables are in toy_data.py.
 
 Shapes: B sequences, L prompt tokens, N response tokens of which W lie in a window, V vocabulary,
-D width.  x_t is a response with some tokens replaced by [MASK].  Entropies are in nats.
-Simplified: 0.3 million parameters, arithmetic for language; all weights are fine-tuned (paper:
-LoRA); the entropies of a window are all measured at the cut (Eq. 5: each just before its reveal).
+D width.  x_t is a response with some tokens replaced by [MASK].  Entropies are in nats.  A cut is
+the point of a trajectory that is replayed, a window the next W tokens that were revealed after it.
+Simplified: 0.3 million parameters, arithmetic instead of language; all weights are fine-tuned
+(paper: LoRA); a window's entropies are all measured at the cut (Eq. 5: each before its reveal).
 """
 # ==== The method begins here: sections 1-8 are one block to copy; they need nothing but torch =====
 from dataclasses import dataclass, replace
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 # == 1. The state: one integer per position ========================================================
-# A trajectory is a response and, for each position, the rank at which it was revealed.  That one
-# integer gives back the states on the way, one token after the other; no masks need to be stored.
+# A trajectory is a response and, for each position, the rank at which it was revealed.  From these
+# integers every state on the way can be rebuilt; no masks need to be stored.
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -49,11 +50,12 @@ class Trajectories:
     entropy: Tensor
 
     def __post_init__(self):
-        prompt, *others = shapes = [tuple(field.shape) for field in vars(self).values()]
-        require(len(prompt) == len(others[0]) == 2 and set(others) == {(prompt[0], others[0][1])},
+        shapes = [tuple(field.shape) for field in vars(self).values()]
+        require(all(len(shape) == 2 for shape in shapes) and len({b for b, _ in shapes}) == 1
+                and len({n for _, n in shapes[1:]}) == 1,
                 f"prompt must be (B, L) and the other three fields (B, N), not {shapes}.")
-        *integers, entropy = dtypes = [field.dtype for field in vars(self).values()]
-        require(set(integers) == {torch.int64} and entropy.is_floating_point,
+        dtypes = [field.dtype for field in vars(self).values()]
+        require(set(dtypes[:3]) == {torch.int64} and self.entropy.is_floating_point(),
                 f"prompt, response, decode_rank must be int64, entropy floating-point: {dtypes}.")
 
     @classmethod
@@ -75,8 +77,8 @@ class Trajectories:
         return Trajectories(*(field.to(device) for field in vars(self).values()))
 
     def only(self, keep):
-        """Leave out the positions where keep (B, N) is False, say padding behind the end.  They
-        stay as they are, visible; write mask_id there if the model should not see them."""
+        """Leave out the positions where keep (B, N) is False, for example padding.  They stay as
+        they are, visible; write mask_id there if the model should not see them."""
         rank = ranks_from_steps(self.decode_rank.masked_fill(~keep, -1), self.entropy)
         return replace(self, decode_rank=rank, entropy=self.entropy.masked_fill(~keep, 0))
 
@@ -100,15 +102,15 @@ def ranks_from_steps(step, entropy):
     """(B, N) step of each reveal, -1 = never -> decode_rank.  Ties: by entropy, then position.
     Steps 2 0 -1 0 with entropies .3 .9 .1 .4 give ranks 2 1 -1 0."""
     by_entropy = entropy.argsort(dim=1, stable=True)                     # positions, surest first
-    last = step.masked_fill(step < 0, torch.iinfo(step.dtype).max)
-    by_step = last.gather(1, by_entropy).argsort(dim=1, stable=True)     # stable: ties stay so
+    step_or_max = step.masked_fill(step < 0, torch.iinfo(step.dtype).max)
+    by_step = step_or_max.gather(1, by_entropy).argsort(dim=1, stable=True)   # ties: as by entropy
     return by_entropy.gather(1, by_step).argsort(dim=1).masked_fill(step < 0, -1)
 
-def segment_masks(decode_rank, n_visible, window_size):
+def segment_masks(decode_rank, n_visible, window_size=1):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
 
     n_visible: an int or (B,).  The paper's U_t, M_t and Delta; the window is the next `window_size`
-    ranks, fewer at the end: every rank falls into some window."""
+    ranks.  At the end it is shorter, so that every rank is in some window."""
     require_whole("window_size", window_size, 1)
     if isinstance(n_visible, Tensor):
         require(n_visible.shape == decode_rank.shape[:1],
@@ -121,9 +123,9 @@ def segment_masks(decode_rank, n_visible, window_size):
     return ~masked, masked, window
 
 def response_logits(model, prompt, x_t, at=None):
-    """The only call of a model: logits of x_t (B, N), all of them or `at` some positions (B, W).
-    With prompts padded on the left, `model` attends from the first other token on: (tokens !=
-    pad_id).cumsum(1) > 0.  tokens != pad_id would also hide the EOS of a response if pad is EOS."""
+    """The only call of a model: x_t (B, N) -> logits, of all positions or only of `at` (B, W).
+    If prompts are padded on the left, `model` attends where (tokens != pad_id).cumsum(1) > 0, from
+    the first real token on.  tokens != pad_id would also hide a response's EOS if pad is EOS."""
     tokens = torch.cat([prompt, x_t], 1)
     require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
@@ -134,18 +136,18 @@ def response_logits(model, prompt, x_t, at=None):
     return logits[torch.arange(len(at), device=at.device)[:, None], prompt.shape[1] + at]
 
 def masked_logits(model, trajectories, masked, counted, mask_id, at=None):
-    """Hide the `masked` positions and predict -> logits (B, N, V), or (B, W, V) `at` some.  Logits
-    of [MASK], and all of a position that is not `counted`, become the lowest finite number: -inf,
-    or a nan from padding, would make the gradient nan."""
+    """Hide the positions `masked` (B, N) and predict -> logits (B, N, V), or (B, W, V) of `at`.
+    counted (B, N), or (B, W) with `at`: all logits of other positions become the lowest finite
+    number, so that no nan or -inf of theirs reaches a loss or a gradient."""
     x_t = trajectories.response.masked_fill(masked, mask_id)
     logits = response_logits(model, trajectories.prompt, x_t, at)
-    is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
-    return logits.masked_fill(is_mask | ~counted[:, :, None], torch.finfo(logits.dtype).min)
+    lowest = torch.finfo(logits.dtype).min
+    return ban_mask(logits, mask_id, lowest).masked_fill(~counted[:, :, None], lowest)
 
-def ban_mask(logits, mask_id):
+def ban_mask(logits, mask_id, low=-torch.inf):
     """If the vocabulary has an entry for [MASK], make it impossible: no response contains it."""
     is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
-    return logits.masked_fill(is_mask, -torch.inf)
+    return logits.masked_fill(is_mask, low)
 
 def row_mean(values, chosen):
     """(B, N), (B, N) bool -> (B,): mean over the chosen positions of a row, 0 without any."""
@@ -184,8 +186,8 @@ MEASURES = {"confidence": by_confidence, "margin": by_margin}
 ORDERS = ("entropy", *MEASURES, "random")
 
 def pick_tokens(logits, temperature, generator):
-    """(..., V) -> (...): the likeliest tokens, or samples if the temperature is above 0: if E is
-    exponentially distributed, the largest p / E is that of v with probability p(v)."""
+    """(..., V) -> (...): the likeliest tokens, or samples if the temperature is above 0: with E
+    drawn from an exponential distribution, the argmax of p / E is a sample of p."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
@@ -216,13 +218,13 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
     check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_step, temperature,
                    block_length, given, decodable)
     if isinstance(order, Tensor):
-        if order_temperature == 0:               # sorted once in its own dtype: no two numbers tie
+        if order_temperature == 0:               # ranks: as float32, large numbers could be equal
             order = rank_in_row(order[None])[0]
         fixed = order.to(device).expand(shape)
         order = lambda logits, tokens: fixed
     order = MEASURES.get(order, order)
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
-    masked = response == mask_id                 # from here on tracked, not read off the tokens
+    masked = response == mask_id                 # kept up to date, never read off the tokens again
     masked = masked if decodable is None else masked & decodable
     step_of = torch.full_like(response, -1)
     reveal_entropy = torch.zeros(shape, device=device, dtype=torch.float32)
@@ -274,9 +276,9 @@ def check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: ideally a state has a probability proportional to exp(-beta * sum of the entropies of
-# its tokens before they were revealed).  Fitting that needs a partition function; to compare what
-# comes of one state by revealing r, or s instead, does not: if r was revealed before s, the state
-# with r should be the likelier, so r should have the lower entropy (Lemma 1).  gamma absorbs beta.
+# its tokens before they were revealed).  Fitting that needs a partition function; comparing two
+# states does not.  From one state, reveal r, or reveal s.  If r was revealed first, the state with
+# r should be the likelier one, so r should have the lower entropy (Lemma 1).  gamma absorbs beta.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -309,8 +311,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss; row means.
 
     window_size in tokens; margin in nats; n_visible (B,): where to cut, by default drawn from
-    0 .. n-1.  With k tokens per step (no blocks) draw it from the multiples of k below n: no other
-    state was visited.  Raises ValueError for a setting out of range.  Returns loss, metrics.
+    0 .. n-1.  If k tokens were revealed per step (no blocks), give multiples of k: no other state
+    was visited.  Raises ValueError for a setting out of range.  Returns loss, metrics.
     """
     for name, value in (("margin", margin), ("rank_weight", rank_weight)):
         require(0 <= value < float("inf"), f"{name} must be 0 or more, not {value}.")
@@ -318,15 +320,14 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     _, masked, window = segment_masks(decode_rank, n_visible, window_size)
-    # In reveal order, and only the window: softmax and pairs work on W positions instead of N.
-    turn = decode_rank.masked_fill(~window, response.shape[1])
-    at = turn.argsort(1)[:, :window_size]                                # (B, W) positions
-    decode_rank, window, tokens = (x.gather(1, at) for x in (decode_rank, window, response))
-    logits = masked_logits(model, trajectories, masked, window, mask_id, at)
-    tokens = tokens.masked_fill(~window, 0)                              # 0: not counted
-    nll = row_mean(token_nll(logits, tokens), window).mean()
-    entropy = predictive_entropy(logits)         # at the cut; in Eq. 5 each just before its turn
-    rank_loss, pair_accuracy = pairwise_rank_loss(entropy, decode_rank, window, margin)
+    # Only the window, in reveal order: softmax and pairs work on W positions instead of N.
+    at = decode_rank.masked_fill(~window, response.shape[1]).argsort(1)[:, :window_size]   # (B, W)
+    rank_w, window_w, tokens_w = (x.gather(1, at) for x in (decode_rank, window, response))
+    logits = masked_logits(model, trajectories, masked, window_w, mask_id, at)     # (B, W, V)
+    tokens_w = tokens_w.masked_fill(~window_w, 0)          # any token: mask_id may have no logit
+    nll = row_mean(token_nll(logits, tokens_w), window_w).mean()
+    entropy = predictive_entropy(logits)         # at the cut; in Eq. 5 each just before its reveal
+    rank_loss, pair_accuracy = pairwise_rank_loss(entropy, rank_w, window_w, margin)
     loss = nll + rank_weight * rank_loss                                 # Eq. 9
     return loss, {"nll": nll.detach(), "rank_loss": rank_loss.detach(),
                   "pair_accuracy": pair_accuracy}
@@ -337,6 +338,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
     """Eq. 1: mean over the masked positions of a row, then over rows; the order is not used.
+    (The mean over the positions stands where LLaDA divides a sum by the mask ratio.)
 
     Each row draws a mask ratio from 0 .. 1, unless `mask_ratio` sets it for all, and masks each
     decoded position with that probability, but at least one.  Returns loss, metrics."""
@@ -348,7 +350,7 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
     draw = draw[:, 1:].masked_fill(~decoded, torch.inf)
     masked = decoded & ((draw < ratio) | (draw == draw.amin(1, keepdim=True)))
     logits = masked_logits(model, trajectories, masked, masked, mask_id)           # (B, N, V)
-    nll = token_nll(logits, response.masked_fill(~masked, 0))            # 0: not counted
+    nll = token_nll(logits, response.masked_fill(~masked, 0))            # 0: any token
     loss = row_mean(nll, masked).mean()                                  # Eq. 1
     return loss, {"nll": loss.detach()}
 
@@ -359,13 +361,13 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
 def trajectory_discrimination_score(entropy, masked):
     """Eq. 10: population variance where masked, (B, N), (B, N) bool -> (B,) nats squared."""
     mean = row_mean(entropy, masked)[:, None]
-    return row_mean((entropy - mean) ** 2, masked)
+    return row_mean((entropy - mean) ** 2, masked)                       # Eq. 10
 
 @torch.no_grad()
 def replay(model, trajectories, *, mask_id):
     """Yield x_t, masked, entropy, (B, N) each, of the states with 0, 1, .. N tokens revealed."""
     for n_visible in range(trajectories.response.shape[1] + 1):
-        _, masked, _ = segment_masks(trajectories.decode_rank, n_visible, 1)
+        _, masked, _ = segment_masks(trajectories.decode_rank, n_visible)
         x_t = trajectories.response.masked_fill(masked, mask_id)
         logits = response_logits(model, trajectories.prompt, x_t)        # (B, N, V)
         yield x_t, masked, predictive_entropy(ban_mask(logits, mask_id))
@@ -386,9 +388,9 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
 # == 8. Trajectories from other people's data ======================================================
 
 def from_decoding_order(prompt, response, decoding_order, entropy=None):
-    """Trajectories from the step at which each position was written, (B, N), counted up; -1 =
-    never.  Equal steps are ordered by entropy (B, N) if there is one, else by position.  In the
-    authors' lists -1 is shown as [MASK]: give response.masked_fill(order < 0, mask_id)."""
+    """Trajectories from the step at which each position was written, (B, N), 0 = first, -1 = never.
+    Equal steps are ordered by entropy (B, N) if there is one, else by position.  In the authors'
+    lists the model saw [MASK] where the order is -1: response.masked_fill(order < 0, mask_id)."""
     step = torch.as_tensor(decoding_order, device=response.device)
     require(step.shape == response.shape and not step.is_floating_point(),
             f"decoding_order must hold whole numbers of the shape {tuple(response.shape)}.")
@@ -447,7 +449,7 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
         one = draw_below(n + 1, generator)
         other = (one + 1 + draw_below(n, generator)) % (n + 1)           # any number but `one`
         times = torch.minimum(one, other), torch.maximum(one, other)
-    _, masked, _ = segment_masks(trajectories.decode_rank, times[0], 1)
+    _, masked, _ = segment_masks(trajectories.decode_rank, times[0])
     between = masked & (trajectories.decode_rank < times[1][:, None])
     logits = masked_logits(model, trajectories, masked, between, mask_id)          # (B, N, V)
     nll = token_nll(logits, trajectories.response.masked_fill(~between, 0))
@@ -464,7 +466,7 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     """
     require(all(0 <= one < math.inf for one in (a, b, c)), f"a, b, c must be 0 or more: {a, b, c}.")
     n = trajectories.n_decoded
-    _, masked, _ = segment_masks(trajectories.decode_rank, draw_below(n, generator), 1)
+    _, masked, _ = segment_masks(trajectories.decode_rank, draw_below(n, generator))
     logits = masked_logits(model, trajectories, masked, masked, mask_id)           # (B, N, V)
     with torch.no_grad():
         theirs = masked_logits(reference, trajectories, masked, masked, mask_id)
@@ -495,19 +497,18 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings: each with its reason, and the paper's value where it has one ====================
-# An arm is a way to fine-tune: TABOM, a rival or a control.  From `queries` on, an arm may have
+# The task, `pick`: multiply by a number of your choice whose digits lie in a range of c digits, and
+# show the working, the steps between (see the head of toy_data.py).  An arm is a way to fine-tune:
+# TABOM, a rival or a control.  The order of the fields counts: from `queries` on, an arm may have
 # settings of its own, as in TABOM:margin=0.3,rounds=2.
-
-class DemoError(ValueError):
-    """Something the user of the demo can mend, in one sentence."""
 
 @dataclass(frozen=True)
 class Config:
-    # The base, and what measures
+    # The base, and how all is measured
     layouts: int = 1                  # 1: the answer stands first; 3: the prompt names the layout
     layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
     width: int = 96
-    pretrain_updates: int = 3500      # until all but the order is known
+    pretrain_updates: int = 3500      # until all is learned but the order
     split: str = "test"               # "validation" for tuning
     test_problems: int = 400          # of add, sub, mul and each c of pick, at most
     samples: int = 16                 # answers to a prompt, to see how wide the choice is
@@ -535,12 +536,12 @@ class Config:
     def __post_init__(self):
         for name, value in vars(self).items():
             known, lowest = ALLOWED.get(name), 0.0 if isinstance(value, float) else 1
-            if known and value not in known:
-                raise DemoError(f"{name} must be one of {', '.join(map(str, known))}, not {value}.")
-            if not known and not lowest <= value <= 1e6:
-                raise DemoError(f"{name} must be from {lowest} to a million, not {value}.")
-        if self.width % HEADS or self.layers * self.width ** 2 > 1e8:
-            raise DemoError(f"width must be a multiple of {HEADS}, and layers * width ** 2 <= 1e8.")
+            require(not known or value in known,
+                    f"{name} must be one of {', '.join(map(str, known or ()))}, not {value}.")
+            require(known or lowest <= value <= 1e6,
+                    f"{name} must be from {lowest} to a million, not {value}.")
+        require(self.width % HEADS == 0 and self.layers * self.width ** 2 <= 1e8,
+                f"width must be a multiple of {HEADS}, and layers * width ** 2 <= 1e8.")
 
 ALLOWED = {"layouts": (1, 3), "split": ("validation", "test"), "collect_order": ORDERS,
            "rollout_filter": ("working", "answer", "none", "wrong"), "style": ("own", "other"),
@@ -566,23 +567,20 @@ def configure(config, assignments, names=NAMES):
     """config with ["name=value", ..] set, each read as the type that the setting has."""
     values = {}
     for name, _, text in (one.partition("=") for one in assignments):
-        if name not in names:
-            raise DemoError(f"there is no setting {name!r} here, only {', '.join(names)}.")
+        require(name in names, f"there is no setting {name!r} here, only {', '.join(names)}.")
         try:
             values[name] = type(getattr(config, name))(text)
         except ValueError as error:
-            raise DemoError(f"{name} cannot be {text!r}.") from error
+            raise ValueError(f"{name} cannot be {text!r}.") from error
     return replace(config, **values)
 
 def read_arm(name, common):
     """"TABOM:margin=0.3,rounds=2" -> "TABOM" and its Config; common: the assignments of --set."""
     arm, _, own = name.partition(":")
-    if arm not in ARMS:
-        raise DemoError(f"there is no arm {arm!r}, only {', '.join(ARMS)}.")
+    require(arm in ARMS, f"there is no arm {arm!r}, only {', '.join(ARMS)}.")
     config = configure(Config(), [*ARMS[arm], *common])
     config = configure(config, own.split(",") if own else [], OWN)
-    if config.prior != "none" and arm != "No-SFT":
-        raise DemoError(f"{name}: only No-SFT can have a prior.")
+    require(arm == "No-SFT" or config.prior == "none", f"{name}: only No-SFT can have a prior.")
     return arm, config
 
 # == 11. The denoiser ==============================================================================
@@ -616,10 +614,7 @@ def random_stream(seed, purpose, device="cpu"):
     return torch.Generator(device).manual_seed(len(PURPOSES) * seed + PURPOSES.index(purpose))
 
 progress = partial(tqdm, leave=False, delay=2, disable=None)   # a bar on stderr, if a terminal
-
-def say(text):
-    tqdm.write(text, file=sys.stdout)            # above the bar
-    sys.stdout.flush()
+say = tqdm.write                                               # a line on stdout, above the bar
 
 def train(model, data, loss_fn, optimizers, *, updates, batch_size, warmup, seed, label, odds=None):
     """Train in place, with warm-up, cosine decay and clipping.  odds (n,) of drawing each row."""
@@ -634,9 +629,8 @@ def train(model, data, loss_fn, optimizers, *, updates, batch_size, warmup, seed
         rows = torch.multinomial(odds, batch_size, replacement=True, generator=batches)
         batch = data[rows.to(data.response.device)]
         loss, metrics = loss_fn(model, batch, mask_id=toy.MASK_ID, generator=masks)
-        if not loss.isfinite():
-            raise DemoError(f"{label}: the loss became {loss.item()} at update {update}: lower its "
-                            "learning_rate, margin or rank_weight.")
+        require(loss.isfinite(), f"{label}: the loss became {loss.item()} at update {update}: "
+                "lower its learning_rate, margin or rank_weight.")
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -671,18 +665,17 @@ def solved(rows):
     """Solved rows as Trajectories.  Nobody decoded them: their ranks count from the left."""
     return from_decoding_order(*halves(rows), -toy.is_given(rows).long())
 
-def answer(model, problems, generator=None, **settings):
+def answer(model, problems, **settings):
     """Decode problems (n, L+N) -> Trajectories, correct (n,) bool.  Settings as in `decode`."""
-    parts = []
-    for prompt, given in map(halves, progress(problems.split(1000), "decoding")):
-        parts.append(decode(model, prompt, given.shape[1], mask_id=toy.MASK_ID, given=given,
-                            generator=generator, **settings))
-    answers = Trajectories.cat(parts)
+    parts = map(halves, progress(problems.split(1000), "decoding"))
+    answers = Trajectories.cat([
+        decode(model, prompt, given.shape[1], mask_id=toy.MASK_ID, given=given, **settings)
+        for prompt, given in parts])
     return answers, toy.is_correct(rows_of(answers))
 
-def score(model, problems, generator=None, **settings):
-    """Percent right of problems of pick -> {"all": .., "1": .., .. "5": ..}, by c."""
-    return toy.by_choices(problems, answer(model, problems, generator, **settings)[1])
+def percent_right(model, problems, **settings):
+    """Of problems of pick -> {"all": .., "1": .., .. "5": ..}, by c."""
+    return toy.by_choices(problems, answer(model, problems, **settings)[1])
 
 def self_distil(model, queries, config, seed):
     """Def. 1 -> rollouts (Trajectories), correct (n,) bool, kept (Trajectories)."""
@@ -690,16 +683,16 @@ def self_distil(model, queries, config, seed):
     turn = torch.arange(-(-config.queries // len(groups)), device=queries.device)
     asked = torch.cat([group[turn % len(group)] for group in groups])    # as many for each c
     rollouts, correct = answer(
-        model, asked, random_stream(seed, "collect", queries.device), order=config.collect_order,
-        order_temperature=config.collect_order_temperature, temperature=config.collect_temperature)
+        model, asked, generator=random_stream(seed, "collect", queries.device),
+        order=config.collect_order, order_temperature=config.collect_order_temperature,
+        temperature=config.collect_temperature)
     keep = {"working": correct & toy.working_is_right(rows_of(rollouts)), "answer": correct,
             "wrong": ~correct, "none": torch.ones_like(correct)}[config.rollout_filter]
-    kept = torch.cat([some.nonzero()[:config.kept_each, 0] + i * len(turn)
-                      for i, some in enumerate(keep.split(len(turn)))])
-    if len(kept) < 16:
-        raise DemoError(f"only {len(kept)} of {len(asked)} rollouts are kept, too few to train on: "
-                        "raise pretrain_updates or queries, or set another rollout_filter.")
-    return rollouts, correct, rollouts[kept]
+    keep = keep.view(len(groups), -1)                                    # a row for each c
+    kept = rollouts[(keep & (keep.cumsum(1) <= config.kept_each)).flatten()]
+    require(len(kept) >= 16, f"only {len(kept)} of {len(asked)} rollouts are kept, too few to train"
+            " on: raise pretrain_updates or queries, or set another rollout_filter.")
+    return rollouts, correct, kept
 
 def training_data(arm, kept, config, seed):
     """What an arm trains on, row by row for the same queries -> Trajectories."""
@@ -716,16 +709,11 @@ def training_data(arm, kept, config, seed):
     return replace(kept, decode_rank=rank)
 
 def loss_of(arm, model, config):
-    if arm == "dInfer":
-        return dinfer_loss
-    if arm == "T3D":
-        return partial(t3d_loss, reference=LaggedCopy(model))
-    if arm == "trajectory":                      # Eq. 9 with lambda = 0: not in which order
-        return partial(tabom_loss, window_size=config.window_size, margin=0.0, rank_weight=0.0)
-    if arm == "TABOM":
-        return partial(tabom_loss, window_size=config.window_size, margin=config.margin,
-                       rank_weight=config.rank_weight)
-    return nelbo_loss                            # SFT-GT and SFT-SD
+    in_window = partial(tabom_loss, window_size=config.window_size)
+    return {"SFT-GT": nelbo_loss, "SFT-SD": nelbo_loss, "dInfer": dinfer_loss,
+            "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
+            "trajectory": partial(in_window, margin=0.0, rank_weight=0.0),   # not in which order
+            "TABOM": partial(in_window, margin=config.margin, rank_weight=config.rank_weight)}[arm]
 
 # == 14. Evaluation ================================================================================
 # Always the last checkpoint, on prompts that stand in no corpus and in no query.
@@ -745,37 +733,38 @@ def evaluate(model, bench, config, order="entropy"):
     """Every figure of one model that decodes in an order."""
     pick, mask_id = bench.tests["pick"], toy.MASK_ID
     draws = partial(random_stream, bench.seed, "evaluate", pick.device)
-    answers, correct = answer(model, pick, draws(), order=order)
+    answers, correct = answer(model, pick, order=order)
     by_c = toy.by_choices(pick, correct)
     several = toy.first_of_each(pick, 30, toy.CHOICES[1:]).repeat_interleave(config.samples, 0)
-    sampled, right = answer(model, several, draws(), order=order, temperature=1.0)
-    spread, counted = discrimination_curve(model, answers, mask_id=mask_id)
+    sampled, right = answer(model, several, order=order, temperature=1.0, generator=draws())
+    tds, counted = discrimination_curve(model, answers, mask_id=mask_id)
     with torch.no_grad():
         _, ranking = tabom_loss(                 # only for its pair accuracy, one window for all
             model, bench.held_out, mask_id=mask_id, window_size=Config.window_size, margin=0.0,
             rank_weight=0.0, generator=random_stream(bench.seed, "masks", pick.device))
-    old = {domain: 100 * answer(model, problems, draws(), order=order)[1].float().mean().item()
+    old = {domain: 100 * answer(model, problems, order=order)[1].float().mean().item()
            for domain, problems in bench.tests.items() if domain != "pick"}
     return {"greedy": by_c["all"], "by c": by_c, "old": old,
-            "2 tokens": score(model, pick, draws(), order=order, tokens_per_step=2)["all"],
+            "2 tokens": percent_right(model, pick, order=order, tokens_per_step=2)["all"],
             "sampled": toy.by_choices(several, right)["all"],
-            "best order": score(model, pick, draws(), order=toy.best_order, temperature=1.0)["all"],
+            "best order": percent_right(model, pick, order=toy.best_order, temperature=1.0,
+                                        generator=draws())["all"],
             "effective factors": toy.effective_factors(rows_of(sampled), right, config.samples),
             **toy.factor_figures(rows_of(answers), answers.decode_rank),
-            "TDS": spread[counted].mean().item(),                        # Eq. 11
+            "TDS": tds[counted].mean().item(),                           # Eq. 11
             "pair accuracy": 100 * ranking["pair_accuracy"].item()}
 
 @torch.no_grad()
 def why_order_matters(base, pick, seed):
-    """Right answers of the base to pick by order of decoding, and the entropy gap; each by c."""
-    best = {"order": toy.best_order}
+    """Right answers of the base by order of decoding, and the entropy gap; each by c."""
     orders = {"entropy": {}, "confidence": {"order": "confidence"}, "margin": {"order": "margin"},
               "left to right": {"block_length": 1},
               "right to left": {"order": -torch.arange(toy.RESPONSE_LENGTH)},
               **{f"blocks of {length}": {"block_length": length} for length in (2, 3, 4, 6)},
-              "random": {"order": "random"}, "best": best,
-              "best, sampled": {**best, "temperature": 1.0}}
-    by_c = {name: score(base, pick, random_stream(seed, "evaluate", pick.device), **settings)
+              "random": {"order": "random"}, "best": {"order": toy.best_order},
+              "best, sampled": {"order": toy.best_order, "temperature": 1.0}}
+    by_c = {name: percent_right(base, pick, **settings,
+                                generator=random_stream(seed, "evaluate", pick.device))
             for name, settings in orders.items()}
     start = predictive_entropy(response_logits(base, *halves(pick)))     # (n, N)
     return {"orders": {name: row["all"] for name, row in by_c.items()}, "orders by c": by_c,
@@ -791,7 +780,7 @@ def prior_order(bench, rollouts, correct, kept, kind):
         rank = rank - rollouts[~correct].decode_rank.float().mean(0)
     def order_of(weight):
         return lambda logits, tokens: predictive_entropy(logits) + weight * rank
-    best = max(PRIOR_WEIGHTS, key=lambda weight: score(
+    best = max(PRIOR_WEIGHTS, key=lambda weight: percent_right(
         bench.base, bench.validation, order=order_of(weight))["all"])
     return order_of(best), best
 
@@ -802,7 +791,7 @@ def run_arm(name, arm, config, bench):
     model, order, weight, rounds = copy.deepcopy(bench.base), "entropy", None, []
     for round_number in range(config.rounds):
         seed = bench.seed + round_number * 2 ** 33                       # other draws in each round
-        way = (round_number, *(getattr(config, name) for name in COLLECT))
+        way = (round_number, *settings_of(config, COLLECT).values())
         collected = bench.collected.get(way) or self_distil(model, bench.queries, config, seed)
         if round_number == 0:                    # with the base: once for all arms
             bench.collected[way] = collected
@@ -839,8 +828,7 @@ def run_seed(config, seed, arms, device, folder):
 
     run, weights = load(folder, seed, config, arms)
     corpus, odds, problems = toy.split_problems(seed, config.layouts)
-    tests = {domain: toy.first_of_each(parts[config.split].to(device), config.test_problems,
-                                       toy.CHOICES if domain == "pick" else [0])
+    tests = {domain: toy.first_of_each(parts[config.split].to(device), config.test_problems)
              for domain, parts in problems.items()}
     queries, validation = (problems["pick"][part].to(device) for part in ("query", "validation"))
 
@@ -863,13 +851,14 @@ def run_seed(config, seed, arms, device, folder):
     say(toy.orders_table(run["orders by c"], run["entropy gap"]))
     shown = toy.first_of_each(tests["pick"], config.test_problems, [4])
     shown = shown[answer(base, shown)[1].int().argsort(stable=True)[:1]]
-    stage("The first prompt with four digits to choose from that the base gets wrong, as it decodes"
-          "\n    it: the position just written is marked, those to come are darker the less sure")
+    stage("A prompt with four digits to choose from, the first that the base gets wrong if there is"
+          "\n    one: what was just written is marked, what is to come is darker the less sure")
     say(film(shown, base=base))
 
     stage("Fine-tune: same base, same batch order, same number of updates, last checkpoint")
-    say("    T3D's preference is 1.040 while model and reference agree; the reference catches up\n"
-        "    every 10 updates, so it hardly moves, and T3D acts like masking with falling weights")
+    if "T3D" in arms:
+        say("    T3D's preference is 1.040 while model and reference agree; the reference follows"
+            "\n    every 10 updates, so it hardly moves: T3D is like masking with falling weights")
     held_out = self_distil(base, validation, replace(config, queries=1000), seed)[-1]
     bench = Bench(seed, base, queries, validation, tests, held_out, {})
     for name, (arm, own) in arms.items():
@@ -931,8 +920,8 @@ def read_stored(path):
         dict(content["settings"]), dict(content["arms" if path.suffix == ".json" else "base"])
     except OSError:
         raise
-    except Exception as error:                   # json and torch have many words for "not ours"
-        raise DemoError(f"{path} was not written by this program: name another folder.") from error
+    except Exception as error:                   # json and torch have many ways to fail
+        raise ValueError(f"{path} was not written by this program: name another folder.") from error
     return content
 
 def load(folder, seed, config, arms):
@@ -946,12 +935,11 @@ def load(folder, seed, config, arms):
              if run and name in run["arms"]]
     for what, settings, wanted in made:
         for name, value in settings.items():
-            if value != getattr(wanted, name, None):
-                raise DemoError(f"{folder}: {what} was made with {name}={value}, not "
-                                f"{getattr(wanted, name, None)}: name another folder.")
-    if run and not weights:
-        raise DemoError(f"{folder}, seed {seed}: the base of these figures, seed-{seed}.pt, is "
-                        "gone: name another folder.")
+            here = getattr(wanted, name, None)
+            require(value == here, f"{folder}: {what} was made with {name}={value}, not {here}: "
+                    "name another folder.")
+    require(weights or not run, f"{folder}, seed {seed}: the base of these figures, "
+            f"seed-{seed}.pt, is gone: name another folder.")
     return run, weights
 
 def demo(options):
@@ -959,15 +947,15 @@ def demo(options):
     common = [*(QUICK if options.quick else []), *options.set]
     config, arms = configure(Config(), common), {one: read_arm(one, common) for one in options.arms}
     for given in (options.seeds, options.arms):
-        if len(set(given)) < len(given):
-            raise DemoError(f"{' '.join(map(str, given))}: one of these is named twice.")
-    if not 0 <= min(options.seeds) <= max(options.seeds) < 2 ** 32:
-        raise DemoError("a seed must be from 0 to 4294967295.")
+        require(len(set(given)) == len(given),
+                f"{' '.join(map(str, given))}: one of these is named twice.")
+    require(all(0 <= seed < 2 ** 32 for seed in options.seeds),
+            "a seed must be from 0 to 4294967295.")
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DemoError(f"--device {options.device}: PyTorch finds no such device here.") from error
+        raise ValueError(f"--device {options.device}: PyTorch finds no such device.") from error
     if options.out:                              # what cannot be written to is found out now
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
@@ -1006,14 +994,12 @@ def main(arguments=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
         options = parse(arguments)
-        if toy is None:
-            raise DemoError("toy_data.py is missing; it belongs beside tabom.py.")
+        require(toy, "toy_data.py is missing; it belongs beside tabom.py.")
         if options.demo:
             demo(options)
         if options.report:
             paths = sorted(options.report.glob("seed-*.json"), key=lambda path: path.name.zfill(20))
-            if not paths:
-                raise DemoError(f"there is no seed-N.json in {options.report}.")
+            require(paths, f"there is no seed-N.json in {options.report}.")
             say(report([read_stored(path) for path in paths]))
     except BrokenPipeError:                      # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1026,5 +1012,5 @@ def main(arguments=None):
     return 0
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")     # for a terminal that has no × or █
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)   # some terminals lack × or █
     sys.exit(main())

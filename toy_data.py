@@ -115,7 +115,7 @@ def hide(tokens):
     response = tokens[:, PROMPT_LENGTH:].masked_fill(~is_given(tokens), MASK_ID)
     return torch.cat([tokens[:, :PROMPT_LENGTH], response], 1)
 
-def first_of_each(problems, count, choices):
+def first_of_each(problems, count, choices=(0, *CHOICES)):
     """The first `count` of the problems with each number of digits to choose from."""
     return torch.cat([problems[n_choices(problems) == c][:count] for c in choices])
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import tabom                     # noqa: E402
 import toy_data as toy           # noqa: E402
-from tabom import predictive_entropy, response_logits, rows_of, score   # noqa: E402
+from tabom import percent_right, predictive_entropy, response_logits, rows_of   # noqa: E402
 
 def entropies(model, tokens):
     """(n, L+N) -> (n, N) nats."""
@@ -40,7 +40,7 @@ def head_start(base, pick):
     def order_of(delta):
         return lambda logits, tokens: (predictive_entropy(logits)
                                        - delta * toy.is_factor(tokens).float())
-    return {f"{i / 10:.1f}": score(base, pick, order=order_of(i / 10)) for i in range(13)}
+    return {f"{i / 10:.1f}": percent_right(base, pick, order=order_of(i / 10)) for i in range(13)}
 
 @torch.no_grad()
 def pseudo_likelihood(model, trajectories):
@@ -58,8 +58,8 @@ def by_more_calls(base, pick, seed):
     def percent(tokens):
         return toy.by_choices(tokens, toy.is_correct(tokens))["all"]
     n, results = len(pick), {}
-    samples, _ = tabom.answer(base, pick.repeat_interleave(16, 0),
-                              tabom.random_stream(seed, "evaluate"), temperature=1.0)
+    samples, _ = tabom.answer(base, pick.repeat_interleave(16, 0), temperature=1.0,
+                              generator=tabom.random_stream(seed, "evaluate"))
     best = pseudo_likelihood(base, samples).sum(1).view(n, 16).argmax(1)
     results["best of 16 by pseudo-likelihood"] = [
         percent(rows_of(samples)[torch.arange(n) * 16 + best]), 16 * 24]
@@ -135,8 +135,10 @@ def measure(seed):
     return {
         "seed": seed,
         "likelihood gap": likelihood_gap(base, held_out, seed),
-        "orders": {"TABOM's order, base's tokens": score(base, pick, order=order_by(tuned))["all"],
-                   "base's order, TABOM's tokens": score(tuned, pick, order=order_by(base))["all"]},
+        "orders": {
+            "TABOM's order, base's tokens": percent_right(base, pick, order=order_by(tuned))["all"],
+            "base's order, TABOM's tokens":
+                percent_right(tuned, pick, order=order_by(base))["all"]},
         "head start": head_start(base, pick),
         "more calls": by_more_calls(base, pick, seed),
         "gap": {"base": gap_after_reveals(base, pick), "TABOM": gap_after_reveals(tuned, pick),
@@ -144,8 +146,9 @@ def measure(seed):
         "pairs by distance": {"base": pairs_by_distance(base, held_out),
                               "TABOM": pairs_by_distance(tuned, held_out)},
         "multiples of 3": {
-            "base": score(base, unseen)["all"], "TABOM": score(tuned, unseen)["all"],
-            "TABOM, none in the queries": score(without_threes, unseen)["all"]},
+            "base": percent_right(base, unseen)["all"],
+            "TABOM": percent_right(tuned, unseen)["all"],
+            "TABOM, none in the queries": percent_right(without_threes, unseen)["all"]},
         "without equal digits": {"base": unequal(base), "TABOM": unequal(tuned)}}
 
 def read(folder):
@@ -197,10 +200,11 @@ def report():
     curve = [[f"{i / 10:.1f}", *(mean(one["head start"][f"{i / 10:.1f}"][c] for one in found)
                                  for c in ("all", "2", "3", "4", "5"))] for i in range(0, 13, 2)]
     tables = [
-        toy.table(["way to answer", "right, %", "calls per answer"], [
-            ["base, its own order", mean(greedy["No-SFT"]), "12"],
-            *([name, *row] for name, row in calls.items()),
-            ["TABOM, its own order", mean(greedy["TABOM"]), "12"]]),
+        toy.table(["way to answer, ten seeds", "right, %", "calls per answer"], [
+            *([f"base, {name}", mean(run["orders"][name] for run in runs), "12"]
+              for name in runs[0]["orders"] if name != "best, sampled"),
+            *([f"base, {name}", *row] for name, row in calls.items()),
+            ["TABOM, entropy", mean(greedy["TABOM"]), "12"]]),
         toy.table(["order of one, tokens of the other", "right, %"], [
             [name, mean(one["orders"][name] for one in found)] for name in found[0]["orders"]]),
         toy.table(["head start of the factor, nats", "2 to 5", "2", "3", "4", "5"], curve),
