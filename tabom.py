@@ -7,7 +7,7 @@ inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzm
 
     1. pretrain a denoiser by the book: hide random tokens, predict them           (Eq. 1)
     2. let it answer queries, and record when each position was revealed           (Eq. 2, Def. 1)
-    3. keep the trajectories whose answer a checker accepts
+    3. keep those that a checker accepts: rollouts[correct]; the checker is yours
     4. replay a state of a trajectory, train on the tokens that came next          (Eq. 9, term 1)
     5. and rank: what was revealed earlier should have the lower entropy           (Eq. 7-8)
 
@@ -110,7 +110,7 @@ def segment_masks(decode_rank, n_visible, window_size=1):
     """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
 
     n_visible: an int or (B,).  The paper's U_t, M_t and Delta; the window is the next `window_size`
-    ranks.  At the end it is shorter, so that every rank is in some window."""
+    ranks, or the fewer that are left near the end."""
     require_whole("window_size", window_size, 1)
     if isinstance(n_visible, Tensor):
         require(n_visible.shape == decode_rank.shape[:1],
@@ -124,8 +124,8 @@ def segment_masks(decode_rank, n_visible, window_size=1):
 
 def response_logits(model, prompt, x_t, at=None):
     """The only call of a model: x_t (B, N) -> logits, of all positions or only of `at` (B, W).
-    If prompts are padded on the left, `model` attends where (tokens != pad_id).cumsum(1) > 0, from
-    the first real token on.  tokens != pad_id would also hide a response's EOS if pad is EOS."""
+    If prompts are padded on the left, your model must attend where (tokens != pad_id).cumsum(1) >
+    0, from the first real token on.  tokens != pad_id would hide a response's EOS if pad is EOS."""
     tokens = torch.cat([prompt, x_t], 1)
     require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
@@ -278,7 +278,8 @@ def check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_
 # Boltzmann: ideally a state has a probability proportional to exp(-beta * sum of the entropies of
 # its tokens before they were revealed).  Fitting that needs a partition function; comparing two
 # states does not.  From one state, reveal r, or reveal s.  If r was revealed first, the state with
-# r should be the likelier one, so r should have the lower entropy (Lemma 1).  gamma absorbs beta.
+# r should be the likelier one, so r should have the lower entropy (Lemma 1).  At the cut the next
+# token is the surest anyway; the loss teaches the order of the later ones (gamma absorbs beta).
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -311,8 +312,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss; row means.
 
     window_size in tokens; margin in nats; n_visible (B,): where to cut, by default drawn from
-    0 .. n-1.  If k tokens were revealed per step (no blocks), give multiples of k: no other state
-    was visited.  Raises ValueError for a setting out of range.  Returns loss, metrics.
+    0 .. n-1.  If k tokens were revealed per step (no blocks), draw it from the multiples of k: no
+    other state was visited.  Raises ValueError for a setting out of range.  Returns loss, metrics.
     """
     for name, value in (("margin", margin), ("rank_weight", rank_weight)):
         require(0 <= value < float("inf"), f"{name} must be 0 or more, not {value}.")
@@ -320,7 +321,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     _, masked, window = segment_masks(decode_rank, n_visible, window_size)
-    # Only the window, in reveal order: softmax and pairs work on W positions instead of N.
+    # Only the window, in reveal order; a short one is filled up with positions not to be counted.
     at = decode_rank.masked_fill(~window, response.shape[1]).argsort(1)[:, :window_size]   # (B, W)
     rank_w, window_w, tokens_w = (x.gather(1, at) for x in (decode_rank, window, response))
     logits = masked_logits(model, trajectories, masked, window_w, mask_id, at)     # (B, W, V)
@@ -375,8 +376,8 @@ def replay(model, trajectories, *, mask_id):
 def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
     """Score of each state of recorded trajectories -> score (B, N+1) nats squared, counted bool.
 
-    Column k has k tokens revealed.  A state counts if it masks two positions or more; those behind
-    an `eos_id` that is already written are left out.  Eq. 11 is the mean of what counts."""
+    Column k has k tokens revealed.  A state counts if it masks two positions or more; positions
+    behind an `eos_id` that is written are left out.  Eq. 11 is the mean of what counts."""
     scores, counted = [], []
     for x_t, masked, entropy in replay(model, trajectories, mask_id=mask_id):
         if eos_id is not None:
@@ -389,8 +390,8 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
 
 def from_decoding_order(prompt, response, decoding_order, entropy=None):
     """Trajectories from the step at which each position was written, (B, N), 0 = first, -1 = never.
-    Equal steps are ordered by entropy (B, N) if there is one, else by position.  In the authors'
-    lists the model saw [MASK] where the order is -1: response.masked_fill(order < 0, mask_id)."""
+    Equal steps are ordered by entropy (B, N) if there is one, else by position.  In the lists of
+    the paper's authors -1 was [MASK] to the model: response.masked_fill(order < 0, mask_id)."""
     step = torch.as_tensor(decoding_order, device=response.device)
     require(step.shape == response.shape and not step.is_floating_point(),
             f"decoding_order must hold whole numbers of the shape {tuple(response.shape)}.")
@@ -513,14 +514,14 @@ class Config:
     test_problems: int = 400          # of add, sub, mul and each c of pick, at most
     samples: int = 16                 # answers to a prompt, to see how wide the choice is
     # How an arm collects
-    queries: int = 10_000             # the prompts in turn, several answers each (paper: one)
+    queries: int = 10_000             # answers, going round the prompts (paper: one for each)
     collect_order: str = "entropy"    # the model's own, as in the paper
     collect_order_temperature: float = 0.0   # noise on the order (paper: 0)
     collect_temperature: float = 1.0  # of the tokens; makes orders differ, too (paper: low)
     rollout_filter: str = "working"   # keep if all is right (paper: "answer"), or "none", "wrong"
     kept_each: int = 1_000_000        # keep at most so many for each c
-    ranks: str = "recorded"           # controls: "shuffled", "reversed", or "swapped" with those of
-                                      # another kept rollout
+    ranks: str = "recorded"           # controls: "shuffled", "reversed", those of another rollout,
+                                      # "swapped", or of one with the same c and layout, "alike"
     style: str = "other"              # SFT-GT copies another style of working, or the model's "own"
     rounds: int = 1                   # collect with the tuned model, tune on (paper: 1)
     # How it is tuned, and decodes
@@ -545,7 +546,7 @@ class Config:
 
 ALLOWED = {"layouts": (1, 3), "split": ("validation", "test"), "collect_order": ORDERS,
            "rollout_filter": ("working", "answer", "none", "wrong"), "style": ("own", "other"),
-           "ranks": ("recorded", "shuffled", "reversed", "swapped"),
+           "ranks": ("recorded", "shuffled", "reversed", "swapped", "alike"),
            "prior": ("none", "kept", "contrast")}
 HEADS = 4
 NAMES = list(Config.__dataclass_fields__)
@@ -553,6 +554,7 @@ SHARED, OWN = NAMES[:NAMES.index("queries")], NAMES[NAMES.index("queries"):]
 COLLECT = OWN[:OWN.index("ranks")]               # what decides which rollouts there are
 # The learning rate of each arm: of 5e-5, 1e-4, 2e-4, 5e-4, 1e-3 (TABOM: 2e-5 to 2e-4) the one with
 # the most right answers among those that keep the other domains within a point, on validation.
+# A new arm is a line here, one in `loss_of`, and its data in `training_data` if it has its own.
 ARMS = {"No-SFT": [], "SFT-GT": [], "SFT-SD": ["learning_rate=1e-4"],
         "dInfer": ["learning_rate=1e-4"], "T3D": [], "trajectory": [],
         "TABOM": ["learning_rate=2e-5"]}
@@ -608,6 +610,7 @@ class Denoiser(nn.Module):
 # == 12. One training loop for pretraining and for every arm =======================================
 
 PURPOSES = ("batches", "masks", "collect", "data", "evaluate")
+N_SEEDS = 10 ** 6                # a generator looks at 32 bits only, and rounds need seeds, too
 
 def random_stream(seed, purpose, device="cpu"):
     """A generator for each (seed, purpose): one never shifts another, so arms are paired."""
@@ -703,8 +706,11 @@ def training_data(arm, kept, config, seed):
         rank = torch.rand(rank.shape, generator=generator, device=rank.device).argsort(1)
     if config.ranks == "reversed":
         rank = rank.shape[1] - 1 - rank          # in pick every position is decoded
-    if config.ranks == "swapped":
+    if config.ranks in ("swapped", "alike"):
         row = torch.randperm(len(rank), generator=generator, device=rank.device)
+        if config.ranks == "alike":              # sorted, so that neighbours are (but at the edges)
+            kind = 3 * toy.n_choices(kept.prompt) + kept.prompt[:, 5]
+            row = row[kind[row].argsort(stable=True)]
         rank = torch.empty_like(rank).index_copy(0, row, rank[row.roll(1)])
     return replace(kept, decode_rank=rank)
 
@@ -712,7 +718,7 @@ def loss_of(arm, model, config):
     in_window = partial(tabom_loss, window_size=config.window_size)
     return {"SFT-GT": nelbo_loss, "SFT-SD": nelbo_loss, "dInfer": dinfer_loss,
             "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
-            "trajectory": partial(in_window, margin=0.0, rank_weight=0.0),   # not in which order
+            "trajectory": partial(in_window, margin=0.0, rank_weight=0.0),   # no ranking
             "TABOM": partial(in_window, margin=config.margin, rank_weight=config.rank_weight)}[arm]
 
 # == 14. Evaluation ================================================================================
@@ -770,7 +776,7 @@ def why_order_matters(base, pick, seed):
     return {"orders": {name: row["all"] for name, row in by_c.items()}, "orders by c": by_c,
             "entropy gap": toy.by_choices(pick, toy.entropy_gap(pick, start))}
 
-PRIOR_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # nats for each rank that a position waits
+PRIOR_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)   # nats per unit of mean rank
 
 def prior_order(bench, rollouts, correct, kept, kind):
     """No training: entropies plus a weight times the mean rank of each position -> order, weight,
@@ -790,7 +796,7 @@ def run_arm(name, arm, config, bench):
     """Collect, tune, evaluate, `rounds` times -> figures, model."""
     model, order, weight, rounds = copy.deepcopy(bench.base), "entropy", None, []
     for round_number in range(config.rounds):
-        seed = bench.seed + round_number * 2 ** 33                       # other draws in each round
+        seed = bench.seed + round_number * N_SEEDS                       # other draws in each round
         way = (round_number, *settings_of(config, COLLECT).values())
         collected = bench.collected.get(way) or self_distil(model, bench.queries, config, seed)
         if round_number == 0:                    # with the base: once for all arms
@@ -858,7 +864,7 @@ def run_seed(config, seed, arms, device, folder):
     stage("Fine-tune: same base, same batch order, same number of updates, last checkpoint")
     if "T3D" in arms:
         say("    T3D's preference is 1.040 while model and reference agree; the reference follows"
-            "\n    every 10 updates, so it hardly moves: T3D is like masking with falling weights")
+            "\n    every 10 updates, so it hardly moves: the loss is masking with falling weights")
     held_out = self_distil(base, validation, replace(config, queries=1000), seed)[-1]
     bench = Bench(seed, base, queries, validation, tests, held_out, {})
     for name, (arm, own) in arms.items():
@@ -949,8 +955,7 @@ def demo(options):
     for given in (options.seeds, options.arms):
         require(len(set(given)) == len(given),
                 f"{' '.join(map(str, given))}: one of these is named twice.")
-    require(all(0 <= seed < 2 ** 32 for seed in options.seeds),
-            "a seed must be from 0 to 4294967295.")
+    require(all(0 <= seed < N_SEEDS for seed in options.seeds), "a seed must be below a million.")
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)

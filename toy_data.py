@@ -236,7 +236,7 @@ def effective_factors(tokens, correct, samples):
     same = pair & (factor[:, :, None] == factor[:, None, :])
     n_pairs, c = pair.sum((1, 2)), n_choices(tokens[::samples])
     p = [(same.sum((1, 2)) / n_pairs)[(n_pairs > 0) & (c == one)].mean() for one in CHOICES[1:]]
-    return 1 / torch.stack(p).nanmean().item()                           # nan: no prompt has a pair
+    return (1 / torch.stack(p).nanmean().double()).item()                # nan: no prompt has a pair
 
 def factor_figures(tokens, decode_rank):
     """Of answers to pick with something to choose: percent with two equal digits, and the turn, 1
@@ -252,8 +252,8 @@ EXPLANATION = """\
     greedy      right answers to pick, percent: unseen prompts, the likeliest tokens, lowest entropy
                 first; the mean over 2 to 5 digits to choose from
     2 tokens    the same with two tokens written per step
-    sampled     the same with sampled tokens (temperature 1)
-    best order  sampled in the best order: the skill that is there, whatever the order
+    sampled     sampled tokens (temperature 1), several answers to some of the prompts
+    best order  sampled, one answer to each, in the best order: the skill that is there
     add sub mul right answers in the other domains, percent: what was not forgotten
     effective   how many factors the right sampled answers to one prompt amount to: 1 / p, where p
                 is the chance that two of them have the same one.  A fall is a collapse
