@@ -167,7 +167,7 @@ def dial(runs):
     lines, masking = [], "trajectory:kept_each=250"
     for title, ours in (("gamma 1", "TABOM:kept_each=250"),
                         ("gamma 0.2", "TABOM:kept_each=250,margin=0.2,learning_rate=1e-4")):
-        lines.append(f"    {title}: what ranking adds to masking, points, 250 rollouts for each c")
+        lines.append(f"    {title}: what ranking adds to masking, points (o mean, - interval)")
         for c in map(str, toy.CHOICES):
             added = [run["arms"][ours]["by c"][c] - run["arms"][masking]["by c"][c] for run in runs]
             middle, low, high = (round(value / 2) + 20 for value in toy.mean_and_interval(added))
@@ -187,6 +187,8 @@ def head_start_of(curve, accuracy):
 
 def report():
     runs, found = read("ten"), read("measure")
+    for run, one in zip(runs, found, strict=True):         # made with the same base
+        assert abs(run["orders"]["entropy"] - one["head start"]["0.0"]["all"]) < 0.01
     def row(name, value, decimals=1):
         return [name, *(f"{mean(value(one, where) for one in found):.{decimals}f}"
                         for where in ("base", "SFT-SD", "TABOM"))]
