@@ -205,6 +205,8 @@ def report():
         toy.table(["way to answer, ten seeds", "right, %", "calls per answer"], [
             *([f"base, {name}", mean(run["orders"][name] for run in runs), "12"]
               for name in runs[0]["orders"] if name != "best, sampled"),
+            *([f"base, entropy and a prior ({kind})", mean(greedy[f"No-SFT:prior={kind}"]), "12"]
+              for kind in ("kept", "contrast")),
             *([f"base, {name}", *row] for name, row in calls.items()),
             ["TABOM, entropy", mean(greedy["TABOM"]), "12"]]),
         toy.table(["order of one, tokens of the other", "right, %"], [
