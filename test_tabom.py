@@ -1583,7 +1583,6 @@ def test_claim_15():
 
 def test_claim_16():
     """Three layouts: TABOM ahead by 8 points, and swapped ranks keep a quarter of it at most."""
-    (PROJECT / ".results/three").exists() or pytest.skip("not measured yet")
     swapped = gain("TABOM:ranks=swapped", runs="three") - gain("TABOM", runs="three") / 4
     ahead = {one: judge(gain("TABOM", one, runs="three"), 8) for one in ("No-SFT", *RIVALS[2:])}
     claim(16, {**ahead, "swapped less a quarter": judge(swapped, -math.inf, 0)})
