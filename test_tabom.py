@@ -1389,16 +1389,17 @@ def test_rounds_collect_with_the_tuned_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, says", [
     (["--set", "depth=3"], "there is no setting 'depth' here"),
-    (["--set", "layers=two"], "layers cannot be 'two'"), (["--set", "layers=0"], "must be from 1"),
+    (["--set", "layers=two"], "layers cannot be 'two'"),
     (["--set", "margin=nan"], "margin must be from 0.0"),
     (["--set", "queries=" + 21 * "9"], "queries must be from 1"),
     (["--set", "layouts=2"], "layouts must be one of 1, 3, not 2"),
-    (["--set", "width=10"], "width must be"), (["--set", "width=100000"], "layers * width"),
+    (["--set", "width=10"], "width must be a multiple of 4"),
+    (["--set", "width=100000"], "layers * width ** 2"),
     (["--arms", "DPO"], "there is no arm 'DPO'"), (["--arms", "TABOM:prior=kept"], "only No-SFT"),
     (["--arms", "TABOM:width=8"], "there is no setting 'width' here, only queries"),
     (["--arms", "TABOM", "TABOM"], "named twice"), (["--seeds", "1", "1"], "named twice"),
     (["--seeds", "-1"], "a seed must be"), (["--seeds", "1000000"], "a seed must be"),
-    (["--device", "tpu9"], "no such device"),
+    (["--device", "tpu9"], "no such device"), (["--set", "layers=0"], "layers must be from 1"),
     (["--arms", "TABOM:learning_rate=1e6,margin=1e6,rank_weight=1e6", "--set", "updates=30"],
      "lower its learning_rate"),
     (["--set", "rollout_filter=working"], "rollouts are kept, too few to train on"), ])
@@ -1594,6 +1595,6 @@ def test_the_tables_of_the_readme_are_what_the_reports_print():
                         (PROJECT / "README.md").read_text())
     assert len(blocks) >= 4
     for _, folder, block in blocks:
-        printed = tabom.report(stored(folder)) if folder else report()
+        printed = iter((tabom.report(stored(folder)) if folder else report()).splitlines())
         for line in filter(None, block.splitlines()):
-            assert line.strip() in map(str.strip, printed.splitlines()), line
+            assert any(line.strip() == one.strip() for one in printed), line
