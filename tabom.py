@@ -5,7 +5,7 @@ Such a model is trained on uniformly random masks but decodes from easy to hard,
 inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv
 2605.11854; this file is unofficial) trains on the states of the model's own decoding:
 
-    1. pretrain a denoiser by the book: hide random tokens, predict them           (Eq. 1)
+    1. pretrain a denoiser as usual: hide random tokens, predict them              (Eq. 1)
     2. let it answer queries, and record when each position was revealed           (Eq. 2, Def. 1)
     3. keep those that a checker accepts: rollouts[correct]; the checker is yours
     4. replay a state of a trajectory, train on the tokens that came next          (Eq. 9, term 1)
@@ -19,7 +19,7 @@ Then rivals, and the demo; its problems, their checker and its tables are in toy
 
 Shapes: B sequences, L prompt tokens, N response tokens of which W lie in a window, V vocabulary,
 D width.  x_t is a response with some tokens replaced by [MASK].  Entropies are in nats.  A cut is
-the point of a trajectory that is replayed, a window the next W tokens that were revealed after it.
+the state of a trajectory that is replayed, a window the W tokens that were revealed next.
 Simplified: 0.3 million parameters, arithmetic instead of language; all weights are fine-tuned
 (paper: LoRA); a window's entropies are all measured at the cut (Eq. 5: each before its reveal).
 """
@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# == 1. The state: one integer per position ========================================================
+# == 1. A trajectory: one rank per position ========================================================
 # A trajectory is a response and, for each position, the rank at which it was revealed.  From these
 # integers every state on the way can be rebuilt; no masks need to be stored.
 
@@ -107,9 +107,9 @@ def ranks_from_steps(step, entropy):
     return by_entropy.gather(1, by_step).argsort(dim=1).masked_fill(step < 0, -1)
 
 def segment_masks(decode_rank, n_visible, window_size=1):
-    """Cut each trajectory after `n_visible` reveals -> visible, masked, window: (B, N) bool.
+    """Cut each trajectory after `n_visible` reveals -> masked, window: (B, N) bool.
 
-    n_visible: an int or (B,).  The paper's U_t, M_t and Delta; the window is the next `window_size`
+    n_visible: an int or (B,).  The paper's M_t and Delta; the window is the next `window_size`
     ranks, or the fewer that are left near the end."""
     require_whole("window_size", window_size, 1)
     if isinstance(n_visible, Tensor):
@@ -120,12 +120,12 @@ def segment_masks(decode_rank, n_visible, window_size=1):
         require_whole("n_visible", n_visible, 0)
     masked = (decode_rank >= 0) & (decode_rank >= n_visible)
     window = masked & (decode_rank - n_visible < window_size)
-    return ~masked, masked, window
+    return masked, window
 
 def response_logits(model, prompt, x_t, at=None):
     """The only call of a model: x_t (B, N) -> logits, of all positions or only of `at` (B, W).
-    If prompts are padded on the left, your model must attend where (tokens != pad_id).cumsum(1) >
-    0, from the first real token on.  tokens != pad_id would hide a response's EOS if pad is EOS."""
+    logits[:, i] must predict token i (shift Dream's).  Left-padded prompts: attend where
+    (tokens != pad_id).cumsum(1) > 0, so that a response's EOS stays visible if pad is EOS."""
     tokens = torch.cat([prompt, x_t], 1)
     require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
@@ -173,7 +173,7 @@ def predictive_entropy(logits):
 # Noting the step of each position is all it takes to record a trajectory.
 
 def by_confidence(logits, tokens):
-    """An order, as in LLaDA: the highest top probability first.  (B, N, V) -> difficulty (B, N)"""
+    """As in LLaDA: the highest top probability first.  -> difficulty (B, N), lowest first"""
     return -logits.softmax(-1, dtype=torch.float32).amax(-1)
 
 def by_margin(logits, tokens):
@@ -207,22 +207,22 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
     order_temperature  above 0 a position is drawn with odds exp(-difficulty / order_temperature):
                      Eq. 3 for one step, with beta = 1 / order_temperature
     tokens_per_step  positions revealed per forward pass, ranked among themselves by entropy
-    temperature      0 is greedy.  It changes which token is written, never which position is easy.
+    temperature      0 is greedy.  It changes which token a step writes, not at which position.
     block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
     generator        seeds all that is drawn; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and `mask_id` where to decode
     decodable        (B, N) bool: positions that are False keep what they hold, [MASK] or given
-    A row with nothing to decode stays as it is.  Raises ValueError for a wrong setting or nan."""
+    Call model.eval() first.  A row with nothing to decode stays as it is.  Raises ValueError."""
     shape, device = (len(prompt), response_length), prompt.device
     block_length = response_length if block_length is None else block_length
     check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_step, temperature,
                    block_length, given, decodable)
     if isinstance(order, Tensor):
-        if order_temperature == 0:               # ranks: as float32, large numbers could be equal
+        if order_temperature == 0:               # exact: float32 would merge large integers
             order = rank_in_row(order[None])[0]
         fixed = order.to(device).expand(shape)
         order = lambda logits, tokens: fixed
-    order = MEASURES.get(order, order)
+    order = MEASURES.get(order, order) if isinstance(order, str) else order
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
     masked = response == mask_id                 # kept up to date, never read off the tokens again
     masked = masked if decodable is None else masked & decodable
@@ -242,7 +242,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
                     f"the order must give finite numbers, {shape}; or were the logits nan?")
         if order_temperature > 0:                # the log of an exponential draw is minus a Gumbel
             noise = torch.empty_like(difficulty).exponential_(generator=generator).log()
-            difficulty = difficulty / order_temperature + noise
+            difficulty = difficulty + order_temperature * noise
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
         candidates = masked & (block == current_block)
         turn = rank_in_row(difficulty.masked_fill(~candidates, torch.inf))
@@ -255,7 +255,7 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
 
 def check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_step, temperature,
                    block_length, given, decodable):
-    """A mistake in the arguments of `decode` is one sentence, before the model runs."""
+    """Raise ValueError for a wrong argument of `decode`, before the model runs."""
     for name, value, lowest in (("response_length", shape[1], 1), ("mask_id", mask_id, 0),
                                 ("tokens_per_step", tokens_per_step, 1),
                                 ("block_length", block_length, 1)):
@@ -276,10 +276,10 @@ def check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: ideally a state has a probability proportional to exp(-beta * sum of the entropies of
-# its tokens before they were revealed).  Fitting that needs a partition function; comparing two
-# states does not.  From one state, reveal r, or reveal s.  If r was revealed first, the state with
-# r should be the likelier one, so r should have the lower entropy (Lemma 1).  At the cut the next
-# token is the surest anyway; the loss teaches the order of the later ones (gamma absorbs beta).
+# its tokens, each before its reveal).  The normaliser is intractable, but it cancels between two
+# successors of one state, one with r revealed, one with s.  If r was revealed first, its successor
+# should be the likelier one, so h(r) < h(s) (Lemma 1).  The next token is usually the surest as it
+# is; the loss teaches the order of the later ones.  The margin gamma, in nats, absorbs beta.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -309,23 +309,23 @@ def token_nll(logits, tokens):
 
 def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, margin, rank_weight,
                n_visible=None):
-    """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss; row means.
+    """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged.
 
     window_size in tokens; margin in nats; n_visible (B,): where to cut, by default drawn from
-    0 .. n-1.  If k tokens were revealed per step (no blocks), draw it from the multiples of k: no
-    other state was visited.  Raises ValueError for a setting out of range.  Returns loss, metrics.
+    0 .. n-1.  If `decode` revealed k tokens per step (no blocks), pass multiples of k: the states
+    that it visited.  Raises ValueError for a setting out of range.  Returns loss, metrics.
     """
     for name, value in (("margin", margin), ("rank_weight", rank_weight)):
         require(0 <= value < float("inf"), f"{name} must be 0 or more, not {value}.")
     response, decode_rank = trajectories.response, trajectories.decode_rank
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
-    _, masked, window = segment_masks(decode_rank, n_visible, window_size)
+    masked, window = segment_masks(decode_rank, n_visible, window_size)
     # Only the window, in reveal order; a short one is filled up with positions not to be counted.
     at = decode_rank.masked_fill(~window, response.shape[1]).argsort(1)[:, :window_size]   # (B, W)
     rank_w, window_w, tokens_w = (x.gather(1, at) for x in (decode_rank, window, response))
     logits = masked_logits(model, trajectories, masked, window_w, mask_id, at)     # (B, W, V)
-    tokens_w = tokens_w.masked_fill(~window_w, 0)          # any token: mask_id may have no logit
+    tokens_w = tokens_w.masked_fill(~window_w, 0)          # not counted; mask_id may have no logit
     nll = row_mean(token_nll(logits, tokens_w), window_w).mean()
     entropy = predictive_entropy(logits)         # at the cut; in Eq. 5 each just before its reveal
     rank_loss, pair_accuracy = pairwise_rank_loss(entropy, rank_w, window_w, margin)
@@ -333,7 +333,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     return loss, {"nll": nll.detach(), "rank_loss": rank_loss.detach(),
                   "pair_accuracy": pair_accuracy}
 
-# == 6. Training by the book: uniform masking (Eq. 1) ==============================================
+# == 6. Training as usual: uniform masking (Eq. 1) =================================================
 # What comes before TABOM.  Hide a random share of the response and predict it: the NELBO, negative
 # evidence lower bound.  It trains on any visible set; the decoder visits few, easy-to-hard ones.
 
@@ -357,7 +357,7 @@ def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None)
 
 # == 7. Trajectory discrimination score (Eq. 10-11) ================================================
 # How well a state tells easy from hard: the variance of the entropies of what is still masked.  A
-# model equally unsure of every position scores 0 and might as well decode at random.
+# model equally unsure of every position scores 0: its entropies give no order.
 
 def trajectory_discrimination_score(entropy, masked):
     """Eq. 10: population variance where masked, (B, N), (B, N) bool -> (B,) nats squared."""
@@ -368,7 +368,7 @@ def trajectory_discrimination_score(entropy, masked):
 def replay(model, trajectories, *, mask_id):
     """Yield x_t, masked, entropy, (B, N) each, of the states with 0, 1, .. N tokens revealed."""
     for n_visible in range(trajectories.response.shape[1] + 1):
-        _, masked, _ = segment_masks(trajectories.decode_rank, n_visible)
+        masked, _ = segment_masks(trajectories.decode_rank, n_visible)
         x_t = trajectories.response.masked_fill(masked, mask_id)
         logits = response_logits(model, trajectories.prompt, x_t)        # (B, N, V)
         yield x_t, masked, predictive_entropy(ban_mask(logits, mask_id))
@@ -390,8 +390,8 @@ def discrimination_curve(model, trajectories, *, mask_id, eos_id=None):
 
 def from_decoding_order(prompt, response, decoding_order, entropy=None):
     """Trajectories from the step at which each position was written, (B, N), 0 = first, -1 = never.
-    Equal steps are ordered by entropy (B, N) if there is one, else by position.  In the lists of
-    the paper's authors -1 was [MASK] to the model: response.masked_fill(order < 0, mask_id)."""
+    Equal steps are ordered by entropy (B, N) if there is one, else by position.  For the lists of
+    the paper's authors, first fill `response` with mask_id where decoding_order < 0."""
     step = torch.as_tensor(decoding_order, device=response.device)
     require(step.shape == response.shape and not step.is_floating_point(),
             f"decoding_order must hold whole numbers of the shape {tuple(response.shape)}.")
@@ -436,8 +436,8 @@ except ModuleNotFoundError:      # this file was copied alone: all but the demo 
     toy = None
 
 # == 9. The rivals =================================================================================
-# Losses of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions and on the
-# model's own right answers; trajectory masking is `tabom_loss` without its ranking term.
+# Losses of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions (GT: ground
+# truth) and on the model's right answers (SD); trajectory masking is `tabom_loss` without ranking.
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is revealed until a later one.
@@ -450,7 +450,7 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
         one = draw_below(n + 1, generator)
         other = (one + 1 + draw_below(n, generator)) % (n + 1)           # any number but `one`
         times = torch.minimum(one, other), torch.maximum(one, other)
-    _, masked, _ = segment_masks(trajectories.decode_rank, times[0])
+    masked, _ = segment_masks(trajectories.decode_rank, times[0])
     between = masked & (trajectories.decode_rank < times[1][:, None])
     logits = masked_logits(model, trajectories, masked, between, mask_id)          # (B, N, V)
     nll = token_nll(logits, trajectories.response.masked_fill(~between, 0))
@@ -467,7 +467,7 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     """
     require(all(0 <= one < math.inf for one in (a, b, c)), f"a, b, c must be 0 or more: {a, b, c}.")
     n = trajectories.n_decoded
-    _, masked, _ = segment_masks(trajectories.decode_rank, draw_below(n, generator))
+    masked, _ = segment_masks(trajectories.decode_rank, draw_below(n, generator))
     logits = masked_logits(model, trajectories, masked, masked, mask_id)           # (B, N, V)
     with torch.no_grad():
         theirs = masked_logits(reference, trajectories, masked, masked, mask_id)
@@ -478,8 +478,8 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
     x_0 = trajectories.response.masked_fill(~masked, 0)
     rejected = theirs.argmax(-1)                                         # y^
     preference = -F.logsigmoid(b * log_ratio(x_0)) - a * F.logsigmoid(-b * log_ratio(rejected))
-    later = (n[:, None] - trajectories.decode_rank).float()              # n_masked .. 1
-    weight = later / masked.sum(1, keepdim=True).clamp(min=1)            # (B, N)
+    remaining = (n[:, None] - trajectories.decode_rank).float()          # n_masked .. 1
+    weight = remaining / masked.sum(1, keepdim=True).clamp(min=1)            # (B, N)
     path = torch.where(masked, weight * token_nll(logits, x_0), 0).sum(1)
     loss = (preference + c * path).mean()
     return loss, {"preference": preference.mean().detach(), "path": path.mean().detach()}
@@ -500,35 +500,35 @@ class LaggedCopy:
 # == 10. Settings: each with its reason, and the paper's value where it has one ====================
 # The task, `pick`: multiply by a number of your choice whose digits lie in a range of c digits, and
 # show the working, the steps between (see the head of toy_data.py).  An arm is a way to fine-tune:
-# TABOM, a rival or a control.  The order of the fields counts: from `queries` on, an arm may have
-# settings of its own, as in TABOM:margin=0.3,rounds=2.
+# TABOM, a rival or a control.  It may have settings of its own, those from `queries` down, as in
+# TABOM:margin=0.3,rounds=2.
 
 @dataclass(frozen=True)
 class Config:
     # The base, and how all is measured
-    layouts: int = 1                  # 1: the answer stands first; 3: the prompt names the layout
+    layouts: int = 3                  # the prompt names one; 1: the answer always stands first
     layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
     width: int = 96
-    pretrain_updates: int = 3500      # until all is learned but the order
+    pretrain_updates: int = 5000      # until only the order is missing
     split: str = "test"               # "validation" for tuning
     test_problems: int = 400          # of add, sub, mul and each c of pick, at most
     samples: int = 16                 # answers to a prompt, to see how wide the choice is
     # How an arm collects
-    queries: int = 10_000             # answers, going round the prompts (paper: one for each)
+    queries: int = 10_000             # answers, the prompts in turn (paper: one for each)
     collect_order: str = "entropy"    # the model's own, as in the paper
     collect_order_temperature: float = 0.0   # noise on the order (paper: 0)
     collect_temperature: float = 1.0  # of the tokens; makes orders differ, too (paper: low)
     rollout_filter: str = "working"   # keep if all is right (paper: "answer"), or "none", "wrong"
     kept_each: int = 1_000_000        # keep at most so many for each c
-    ranks: str = "recorded"           # controls: "shuffled", "reversed", those of another rollout,
-                                      # "swapped", or of one with the same c and layout, "alike"
+    ranks: str = "recorded"           # controls: "shuffled", "reversed", "swapped" (another
+                                      # rollout's), "alike" (of one with the same c and layout)
     style: str = "other"              # SFT-GT copies another style of working, or the model's "own"
     rounds: int = 1                   # collect with the tuned model, tune on (paper: 1)
     # How it is tuned, and decodes
     updates: int = 400                # (paper: 5 epochs)
     batch_size: int = 64              # (paper: 32)
-    learning_rate: float = 5e-5       # some arms have their own, in ARMS (paper: 2e-5, LoRA)
-    window_size: int = 4              # of the 12 tokens (paper: 32 of 256)
+    learning_rate: float = 2e-5       # some arms have their own, in ARMS (paper: 2e-5, LoRA)
+    window_size: int = 8              # of the 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats: about the entropy gap (paper: 0.1 to 0.3)
     rank_weight: float = 2.0          # lambda (paper: 1 and 2)
     prior: str = "none"               # decode with a prior: each position's mean rank in "kept"
@@ -552,15 +552,15 @@ HEADS = 4
 NAMES = list(Config.__dataclass_fields__)
 SHARED, OWN = NAMES[:NAMES.index("queries")], NAMES[NAMES.index("queries"):]
 COLLECT = OWN[:OWN.index("ranks")]               # what decides which rollouts there are
-# The learning rate of each arm: of 5e-5, 1e-4, 2e-4, 5e-4, 1e-3 (TABOM: 2e-5 to 2e-4) the one with
-# the most right answers among those that keep the other domains within a point, on validation.
+# The learning rate of an arm: the one of 2e-5, 5e-5, 1e-4, 2e-4, 5e-4 with most right answers that
+# keeps the other domains within a point, on validation; TABOM's is lower, to keep the skill, too.
 # A new arm is a line here, one in `loss_of`, and its data in `training_data` if it has its own.
-ARMS = {"No-SFT": [], "SFT-GT": [], "SFT-SD": ["learning_rate=1e-4"],
-        "dInfer": ["learning_rate=1e-4"], "T3D": [], "trajectory": [],
-        "TABOM": ["learning_rate=2e-5"]}
+ARMS = {"No-SFT": [], "SFT-GT": [], "SFT-SD": [], "dInfer": ["learning_rate=2e-4"],
+        "T3D": ["learning_rate=1e-4"], "trajectory": ["rank_weight=0"],
+        "TABOM-paper": ["rank_weight=1", "margin=0.2", "window_size=4", "learning_rate=5e-4"],
+        "TABOM": ["learning_rate=1e-5"]}
 DEFAULT_ARMS = ("No-SFT", "No-SFT:prior=kept", "No-SFT:prior=contrast", "SFT-GT",
-                "SFT-GT:style=own", "SFT-SD", "dInfer", "T3D", "trajectory",
-                "TABOM:rank_weight=1,margin=0.2,learning_rate=1e-4", "TABOM",
+                "SFT-GT:style=own", "SFT-SD", "dInfer", "T3D", "trajectory", "TABOM-paper", "TABOM",
                 "TABOM:ranks=shuffled")
 QUICK = ["pretrain_updates=150", "test_problems=20", "samples=2", "queries=200",
          "rollout_filter=none", "updates=20"]
@@ -580,7 +580,7 @@ def read_arm(name, common):
     """"TABOM:margin=0.3,rounds=2" -> "TABOM" and its Config; common: the assignments of --set."""
     arm, _, own = name.partition(":")
     require(arm in ARMS, f"there is no arm {arm!r}, only {', '.join(ARMS)}.")
-    config = configure(Config(), [*ARMS[arm], *common])
+    config = configure(Config(), [*common, *ARMS[arm]])
     config = configure(config, own.split(",") if own else [], OWN)
     require(arm == "No-SFT" or config.prior == "none", f"{name}: only No-SFT can have a prior.")
     return arm, config
@@ -610,7 +610,7 @@ class Denoiser(nn.Module):
 # == 12. One training loop for pretraining and for every arm =======================================
 
 PURPOSES = ("batches", "masks", "collect", "data", "evaluate")
-N_SEEDS = 10 ** 6                # a generator looks at 32 bits only, and rounds need seeds, too
+N_SEEDS = 10 ** 6                # len(PURPOSES) * (seed + round * N_SEEDS) must fit 32 bits
 
 def random_stream(seed, purpose, device="cpu"):
     """A generator for each (seed, purpose): one never shifts another, so arms are paired."""
@@ -655,7 +655,7 @@ def pretrain(model, config, corpus, odds, seed):
           warmup=100, seed=seed, label="pretraining", odds=odds)
 
 # == 13. Self-distillation, and what each arm makes of it ==========================================
-# The model answers queries and a checker keeps what is right: that is all the data there is.
+# The model answers queries and a checker keeps what is right: the data of all arms but SFT-GT.
 
 def halves(rows):
     """Rows of the toy (n, L+N) -> prompt (n, L), response (n, N)."""
@@ -708,18 +708,18 @@ def training_data(arm, kept, config, seed):
         rank = rank.shape[1] - 1 - rank          # in pick every position is decoded
     if config.ranks in ("swapped", "alike"):
         row = torch.randperm(len(rank), generator=generator, device=rank.device)
-        if config.ranks == "alike":              # sorted, so that neighbours are (but at the edges)
+        if config.ranks == "alike":              # sorted: roll(1) stays within a kind
             kind = 3 * toy.n_choices(kept.prompt) + kept.prompt[:, 5]
             row = row[kind[row].argsort(stable=True)]
         rank = torch.empty_like(rank).index_copy(0, row, rank[row.roll(1)])
     return replace(kept, decode_rank=rank)
 
 def loss_of(arm, model, config):
-    in_window = partial(tabom_loss, window_size=config.window_size)
+    in_window = partial(tabom_loss, window_size=config.window_size, margin=config.margin,
+                        rank_weight=config.rank_weight)
     return {"SFT-GT": nelbo_loss, "SFT-SD": nelbo_loss, "dInfer": dinfer_loss,
             "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
-            "trajectory": partial(in_window, margin=0.0, rank_weight=0.0),   # no ranking
-            "TABOM": partial(in_window, margin=config.margin, rank_weight=config.rank_weight)}[arm]
+            "trajectory": in_window, "TABOM-paper": in_window, "TABOM": in_window}[arm]
 
 # == 14. Evaluation ================================================================================
 # Always the last checkpoint, on prompts that stand in no corpus and in no query.
@@ -745,7 +745,7 @@ def evaluate(model, bench, config, order="entropy"):
     sampled, right = answer(model, several, order=order, temperature=1.0, generator=draws())
     tds, counted = discrimination_curve(model, answers, mask_id=mask_id)
     with torch.no_grad():
-        _, ranking = tabom_loss(                 # only for its pair accuracy, one window for all
+        _, ranking = tabom_loss(                 # for its pair accuracy; the default window
             model, bench.held_out, mask_id=mask_id, window_size=Config.window_size, margin=0.0,
             rank_weight=0.0, generator=random_stream(bench.seed, "masks", pick.device))
     old = {domain: 100 * answer(model, problems, order=order)[1].float().mean().item()
@@ -779,13 +779,19 @@ def why_order_matters(base, pick, seed):
 PRIOR_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)   # nats per unit of mean rank
 
 def prior_order(bench, rollouts, correct, kept, kind):
-    """No training: entropies plus a weight times the mean rank of each position -> order, weight,
-    the best on validation prompts."""
-    rank = kept.decode_rank.float().mean(0)                              # (N,)
-    if kind == "contrast" and not correct.all():
-        rank = rank - rollouts[~correct].decode_rank.float().mean(0)
+    """No training: entropies plus a weight times the mean rank of each position, in the layout that
+    the prompt names -> order, weight, the best on validation prompts."""
+    def layout_of(tokens):
+        return tokens[:, toy.PROMPT_LENGTH - 1] - toy.token("a")
+    def mean_rank(data):                                                 # (3, N)
+        return torch.stack([data.decode_rank[layout_of(data.prompt) == one].float().mean(0)
+                            for one in range(3)])
+    rank = mean_rank(kept)
+    if kind == "contrast":
+        rank = rank - mean_rank(rollouts[~correct])
+    rank = rank.nan_to_num()                     # no rollouts in a layout: no prior there
     def order_of(weight):
-        return lambda logits, tokens: predictive_entropy(logits) + weight * rank
+        return lambda logits, tokens: predictive_entropy(logits) + weight * rank[layout_of(tokens)]
     best = max(PRIOR_WEIGHTS, key=lambda weight: percent_right(
         bench.base, bench.validation, order=order_of(weight))["all"])
     return order_of(best), best
@@ -838,7 +844,7 @@ def run_seed(config, seed, arms, device, folder):
              for domain, parts in problems.items()}
     queries, validation = (problems["pick"][part].to(device) for part in ("query", "validation"))
 
-    stage(f"Seed {seed}: pretrain by the book (Eq. 1)")
+    stage(f"Seed {seed}: pretrain as usual (Eq. 1)")
     torch.manual_seed(seed)                      # the initial weights
     base = Denoiser(len(toy.VOCABULARY), corpus.shape[1], config.layers, config.width).to(device)
     if weights:
@@ -858,7 +864,7 @@ def run_seed(config, seed, arms, device, folder):
     shown = toy.first_of_each(tests["pick"], config.test_problems, [4])
     shown = shown[answer(base, shown)[1].int().argsort(stable=True)[:1]]
     stage("A prompt with four digits to choose from, the first that the base gets wrong if there is"
-          "\n    one: what was just written is marked, what is to come is darker the less sure")
+          "\n    one: what was just written is marked, what is to come is denser the less sure")
     say(film(shown, base=base))
 
     stage("Fine-tune: same base, same batch order, same number of updates, last checkpoint")
@@ -902,7 +908,7 @@ def made_by(device):
     return {"device": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 def save(folder, name, content):
-    """Write a seed-N.json or seed-N.pt; it takes its place when it is whole.  No folder: nothing"""
+    """Write a seed-N.json or seed-N.pt under another name; rename it when it is complete."""
     if folder is None:
         return
     unfinished = folder / f".{name}.{os.getpid()}"
@@ -935,7 +941,7 @@ def load(folder, seed, config, arms):
     if folder is None:
         return {}, {}
     run, weights = (read_stored(folder / f"seed-{seed}.{kind}") for kind in ("json", "pt"))
-    every = [weights, *map(read_stored, folder.glob("seed-*.json"))]     # one base for a folder
+    every = [weights, *map(read_stored, folder.glob("seed-*.json"))]     # one kind of base
     made = [("the base", stored["settings"], config) for stored in every if stored]
     made += [(name, run["arms"][name]["settings"], own) for name, (_, own) in arms.items()
              if run and name in run["arms"]]
@@ -955,7 +961,7 @@ def demo(options):
     for given in (options.seeds, options.arms):
         require(len(set(given)) == len(given),
                 f"{' '.join(map(str, given))}: one of these is named twice.")
-    require(all(0 <= seed < N_SEEDS for seed in options.seeds), "a seed must be below a million.")
+    require(all(0 <= seed < N_SEEDS for seed in options.seeds), "a seed must be from 0 to 999999.")
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
@@ -976,27 +982,21 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         prog="tabom.py", description=__doc__.split("\n")[0],
         epilog=f"Arms: {', '.join(ARMS)}, each also with settings of its own, as in "
-               f"TABOM:margin=0.3,window_size=4.  Settings (section 10 of tabom.py says why): "
-               f"{', '.join(NAMES)}.")
-    add = parser.add_argument
-    add("--demo", action="store_true", help="run the whole chain and compare the arms")
+               f"TABOM:margin=0.3,window_size=4, which override --set.  Settings (section 10 "
+               f"of tabom.py says why): {', '.join(NAMES)}.")
+    first, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    first.add_argument("--demo", action="store_true", help="run it all and compare the arms")
+    first.add_argument("--report", type=Path, metavar="FOLDER", help="print a folder's tables")
     add("--quick", action="store_true", help="in a minute or two, only to see that it runs")
     add("--seeds", type=int, nargs="+", default=[0], help="each has a base and problems of its own")
     add("--arms", nargs="+", default=DEFAULT_ARMS, help=f"default: {' '.join(DEFAULT_ARMS)}")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="for all arms")
-    add("--out", type=Path, metavar="FOLDER", help="keep figures and weights; go on where it was")
+    add("--out", type=Path, metavar="FOLDER", help="keep figures and weights; resume there")
     add("--device", help="cpu or cuda; default: cuda where there is one")
-    add("--report", type=Path, metavar="FOLDER", help="print the tables of a folder; no training")
-    options = parser.parse_args(arguments)
-    used = {name for name, value in vars(options).items() if value != parser.get_default(name)}
-    if not used:
-        parser.print_help()
-    elif ("report" in used and len(used) > 1) or not used & {"report", "demo"}:
-        parser.error("start with --demo or --report; --report goes alone")
-    return options
+    return parser.parse_args(arguments or ["--help"])
 
-def main(arguments=None):
-    """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+def main(arguments):
+    """Run the command line -> exit code: 0, 2 for what the user can fix, 130 for Ctrl-C."""
     try:
         options = parse(arguments)
         require(toy, "toy_data.py is missing; it belongs beside tabom.py.")
@@ -1006,7 +1006,7 @@ def main(arguments=None):
             paths = sorted(options.report.glob("seed-*.json"), key=lambda path: path.name.zfill(20))
             require(paths, f"there is no seed-N.json in {options.report}.")
             say(report([read_stored(path) for path in paths]))
-    except BrokenPipeError:                      # `| head` has seen enough
+    except BrokenPipeError:                      # `| head` has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"tabom.py: {error}", file=sys.stderr)
@@ -1018,4 +1018,4 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace", line_buffering=True)   # some terminals lack × or █
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ A problem is a row, 6 tokens of prompt and 12 of response, with [MASK] where the
     mul     47×..a    ____   85     ___   ___      the factor is given
     add     47+..a    0132   85     012   012      7 + 5 = 12,  4 + 8 = 12
     sub     85-..a    0038   47     108   004      15 - 7 = 8 with 1 borrowed,  8 - 4 = 4
-The last token of a prompt names the layout of the four fields: a, unless three are asked for:
+The last token of a prompt names the layout of the four fields, one of three, or always a:
     a  answer factor units tens      b  units tens factor answer      c  tens answer factor units
 
 Why order matters in pick.  The working is easy once the factor stands there, the answer once the
@@ -29,7 +29,7 @@ MASK_ID = len(VOCABULARY)
 PROMPT_LENGTH, RESPONSE_LENGTH = 6, 12
 CHOICES = (1, 2, 3, 4, 5)           # c, the number of digits to choose from in pick
 OPERATOR = {"pick": "×", "mul": "×", "add": "+", "sub": "-"}
-CORPUS_SHARES = {"pick": 0.20, "mul": 0.64, "add": 0.08, "sub": 0.08}    # the hard ones need more
+CORPUS_SHARES = {"pick": 0.18, "mul": 0.64, "add": 0.10, "sub": 0.08}    # the hard ones need more
 # The columns of the fields in layout a, and for each layout the column that stands at a position.
 ANSWER, FACTOR, UNITS, TENS = range(0, 4), range(4, 6), range(6, 9), range(9, 12)
 LAYOUTS = torch.tensor([[*ANSWER, *FACTOR, *UNITS, *TENS], [*UNITS, *TENS, *FACTOR, *ANSWER],

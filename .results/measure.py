@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What only the evidence needs: python .results/measure.py N ..., for the seeds N of .results/ten.
+"""What only the evidence needs: python .results/measure.py N ..., for the seeds N of .results/one.
 
-Run `python tabom.py --demo --out .results/ten --seeds N ...` first: its bases and tuned models are
-used here, and the figures are written to .results/measure/seed-N.json.  Without seeds: the tables.
+Run `python tabom.py --demo --out .results/one --seeds N ...` first: its bases and tuned models are
+used here; the figures are written to .results/one/measure/seed-N.json.  Without seeds: the tables.
 """
 import copy
 import json
@@ -103,8 +103,8 @@ def pairs_by_distance(model, held_out):
     return (100 * right / total)[1:].tolist()
 
 def measure(seed):
-    run = json.loads((HERE / "ten" / f"seed-{seed}.json").read_text())
-    weights = torch.load(HERE / "ten" / f"seed-{seed}.pt", weights_only=True)
+    run = json.loads((HERE / "one" / f"seed-{seed}.json").read_text())
+    weights = torch.load(HERE / "one" / f"seed-{seed}.pt", weights_only=True)
     config, tuned_config = (tabom.Config(**run["settings"]), tabom.Config(
         **run["settings"], **run["arms"]["TABOM"]["settings"]))
     base = tabom.Denoiser(len(toy.VOCABULARY), 18, config.layers, config.width).eval()
@@ -119,8 +119,8 @@ def measure(seed):
                               for domain in ("add", "sub", "mul")}}
     bench = tabom.Bench(seed, base, problems["pick"]["query"], problems["pick"]["validation"],
                         tests, held_out, {})
-    arm, sd_config = tabom.read_arm("SFT-SD", [])
-    _, self_distilled = tabom.run_arm("SFT-SD", arm, sd_config, bench)
+    sd_config = tabom.Config(**run["settings"], **run["arms"]["SFT-SD"]["settings"])
+    _, self_distilled = tabom.run_arm("SFT-SD", "SFT-SD", sd_config, bench)
     first = toy.read_number(bench.queries[:, :2])
     unseen = pick[toy.read_number(pick[:, :2]) % 3 == 0]
     apart = replace(bench, queries=bench.queries[first % 3 > 0], collected={})
@@ -186,7 +186,7 @@ def head_start_of(curve, accuracy):
     return 0.0 if accuracy < points[0][1] else points[-1][0]
 
 def report():
-    runs, found = read("ten"), read("measure")
+    runs, found = read("one"), read("one/measure")
     for run, one in zip(runs, found, strict=True):         # made with the same base
         assert abs(run["orders"]["entropy"] - one["head start"]["0.0"]["all"]) < 0.01
     def row(name, value, decimals=1):
@@ -229,8 +229,9 @@ def report():
     return "\n\n".join([dial(runs), *tables])
 
 if __name__ == "__main__":
-    (HERE / "measure").mkdir(exist_ok=True)
+    (HERE / "one" / "measure").mkdir(exist_ok=True)
     for number in map(int, sys.argv[1:]):
-        (HERE / "measure" / f"seed-{number}.json").write_text(json.dumps(measure(number), indent=1))
+        path = HERE / "one" / "measure" / f"seed-{number}.json"
+        path.write_text(json.dumps(measure(number), indent=1))
     if not sys.argv[1:]:
         print(report())
