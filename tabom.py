@@ -781,15 +781,12 @@ PRIOR_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)   # nats per unit of m
 def prior_order(bench, rollouts, correct, kept, kind):
     """No training: entropies plus a weight times the mean rank of each position, in the layout that
     the prompt names -> order, weight, the best on validation prompts."""
-    def layout_of(tokens):
-        return tokens[:, toy.PROMPT_LENGTH - 1] - toy.token("a")
+    layout_of = lambda tokens: tokens[:, toy.PROMPT_LENGTH - 1] - toy.token("a")
     def mean_rank(data):                                                 # (3, N)
         return torch.stack([data.decode_rank[layout_of(data.prompt) == one].float().mean(0)
                             for one in range(3)])
-    rank = mean_rank(kept)
-    if kind == "contrast":
-        rank = rank - mean_rank(rollouts[~correct])
-    rank = rank.nan_to_num()                     # no rollouts in a layout: no prior there
+    wrong = mean_rank(rollouts[~correct]) if kind == "contrast" else 0
+    rank = (mean_rank(kept) - wrong).nan_to_num()          # no rollouts in a layout: no prior
     def order_of(weight):
         return lambda logits, tokens: predictive_entropy(logits) + weight * rank[layout_of(tokens)]
     best = max(PRIOR_WEIGHTS, key=lambda weight: percent_right(
@@ -993,7 +990,10 @@ def parse(arguments):
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="for all arms")
     add("--out", type=Path, metavar="FOLDER", help="keep figures and weights; resume there")
     add("--device", help="cpu or cuda; default: cuda where there is one")
-    return parser.parse_args(arguments or ["--help"])
+    options = parser.parse_args(arguments or ["--help"])
+    if options.report and len(arguments) > 2:
+        parser.error("--report FOLDER goes alone")
+    return options
 
 def main(arguments):
     """Run the command line -> exit code: 0, 2 for what the user can fix, 130 for Ctrl-C."""

@@ -1420,7 +1420,8 @@ def test_figures_without_their_base_are_refused(tmp_path, capsys):
     assert "is gone" in capsys.readouterr().err
 
 @pytest.mark.parametrize("arguments", [["--quick"], ["--out", "x"], ["--arms", "TABOM"], ["--arms"],
-                                       ["--demo", "--report", "x"], ["--seeds", "x"]])
+                                       ["--demo", "--report", "x"], ["--seeds", "x"],
+                                       ["--report", "x", "--seeds", "1"]])
 def test_flags_that_make_no_sense_together_are_refused(arguments):
     with pytest.raises(SystemExit, match="2"):
         tabom.main(arguments)
