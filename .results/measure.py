@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+RUNS, FIGURES = HERE / "one", HERE / "one" / "measure"
 sys.path.insert(0, str(HERE.parent))
 import tabom                     # noqa: E402
 import toy_data as toy           # noqa: E402
@@ -103,8 +104,8 @@ def pairs_by_distance(model, held_out):
     return (100 * right / total)[1:].tolist()
 
 def measure(seed):
-    run = json.loads((HERE / "one" / f"seed-{seed}.json").read_text())
-    weights = torch.load(HERE / "one" / f"seed-{seed}.pt", weights_only=True)
+    run = json.loads((RUNS / f"seed-{seed}.json").read_text())
+    weights = torch.load(RUNS / f"seed-{seed}.pt", weights_only=True)
     config, tuned_config = (tabom.Config(**run["settings"]), tabom.Config(
         **run["settings"], **run["arms"]["TABOM"]["settings"]))
     base = tabom.Denoiser(len(toy.VOCABULARY), 18, config.layers, config.width).eval()
@@ -152,7 +153,7 @@ def measure(seed):
         "without equal digits": {"base": unequal(base), "TABOM": unequal(tuned)}}
 
 def read(folder):
-    return [json.loads(path.read_text()) for path in sorted((HERE / folder).glob("seed-*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
 
 def interval(values, decimals=1):
     mean, low, high = toy.mean_and_interval(list(values))
@@ -186,7 +187,7 @@ def head_start_of(curve, accuracy):
     return 0.0 if accuracy < points[0][1] else points[-1][0]
 
 def report():
-    runs, found = read("one"), read("one/measure")
+    runs, found = read(RUNS), read(FIGURES)
     for run, one in zip(runs, found, strict=True):         # made with the same base
         assert abs(run["orders"]["entropy"] - one["head start"]["0.0"]["all"]) < 0.01
     def row(name, value, decimals=1):
@@ -229,9 +230,8 @@ def report():
     return "\n\n".join([dial(runs), *tables])
 
 if __name__ == "__main__":
-    (HERE / "one" / "measure").mkdir(exist_ok=True)
+    FIGURES.mkdir(exist_ok=True)
     for number in map(int, sys.argv[1:]):
-        path = HERE / "one" / "measure" / f"seed-{number}.json"
-        path.write_text(json.dumps(measure(number), indent=1))
+        (FIGURES / f"seed-{number}.json").write_text(json.dumps(measure(number), indent=1))
     if not sys.argv[1:]:
         print(report())
