@@ -17,9 +17,10 @@ inference visit different states.  TABOM (Self-Distilled Trajectory-Aware Boltzm
 Sections 1-8 are the method; they need torch and a callable `model(tokens) -> logits`, no more.
 Then rivals, and the demo; its problems, their checker and its tables are in toy_data.py.
 
-Shapes: B sequences, L prompt tokens, N response tokens of which W lie in a window, V vocabulary,
-D width.  x_t is a response with some tokens replaced by [MASK].  Entropies are in nats.  A cut is
-the state of a trajectory that is replayed, a window the W tokens that were revealed next.
+A rollout is a response that the model has decoded; with the rank at which each position was
+revealed (written) it is a trajectory.  A cut is the state on its way that is replayed, the window
+the W tokens that were revealed next.  Entropies are in nats.  Shapes: B sequences, L prompt tokens,
+N response tokens, n of them decoded, V vocabulary, D width.  x_t is a response, partly [MASK].
 Simplified: 0.3 million parameters, arithmetic instead of language; all weights are fine-tuned
 (paper: LoRA); a window's entropies are all measured at the cut (Eq. 5: each before its reveal).
 """
@@ -109,8 +110,8 @@ def ranks_from_steps(step, entropy):
 def segment_masks(decode_rank, n_visible, window_size=1):
     """Cut each trajectory after `n_visible` reveals -> masked, window: (B, N) bool.
 
-    n_visible: an int or (B,).  The paper's M_t and Delta; the window is the next `window_size`
-    ranks, or the fewer that are left near the end."""
+    n_visible: an int or (B,).  masked is the paper's M_t; window, its Delta, holds the next
+    `window_size` ranks, or the fewer that are left near the end."""
     require_whole("window_size", window_size, 1)
     if isinstance(n_visible, Tensor):
         require(n_visible.shape == decode_rank.shape[:1],
@@ -124,8 +125,8 @@ def segment_masks(decode_rank, n_visible, window_size=1):
 
 def response_logits(model, prompt, x_t, at=None):
     """The only call of a model: x_t (B, N) -> logits, of all positions or only of `at` (B, W).
-    logits[:, i] must predict token i (shift Dream's).  Left-padded prompts: attend where
-    (tokens != pad_id).cumsum(1) > 0, so that a response's EOS stays visible if pad is EOS."""
+    logits[:, i] must predict token i (Dream's predicts i + 1: shift it).  Left-padded prompts:
+    attend where (tokens != pad_id).cumsum(1) > 0, which shows EOS in a response if pad is EOS."""
     tokens = torch.cat([prompt, x_t], 1)
     require(len(tokens) > 0, "there are no rows to show to the model: did the checker keep any?")
     logits = model(tokens)                                               # (B, L+N, V)
@@ -137,11 +138,11 @@ def response_logits(model, prompt, x_t, at=None):
 
 def masked_logits(model, trajectories, masked, counted, mask_id, at=None):
     """Hide the positions `masked` (B, N) and predict -> logits (B, N, V), or (B, W, V) of `at`.
-    counted (B, N), or (B, W) with `at`: all logits of other positions become the lowest finite
-    number, so that no nan or -inf of theirs reaches a loss or a gradient."""
+    counted (B, N), or (B, W) with `at`: the positions that a loss uses.  Logits of others may be
+    nan or -inf; they are overwritten, so that none reaches a loss or a gradient."""
     x_t = trajectories.response.masked_fill(masked, mask_id)
     logits = response_logits(model, trajectories.prompt, x_t, at)
-    lowest = torch.finfo(logits.dtype).min
+    lowest = torch.finfo(logits.dtype).min       # of a row of only -inf, log_softmax would be nan
     return ban_mask(logits, mask_id, lowest).masked_fill(~counted[:, :, None], lowest)
 
 def ban_mask(logits, mask_id, low=-torch.inf):
@@ -218,13 +219,13 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
     check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_step, temperature,
                    block_length, given, decodable)
     if isinstance(order, Tensor):
-        if order_temperature == 0:               # exact: float32 would merge large integers
+        if order_temperature == 0:               # float32, below, would merge large integers
             order = rank_in_row(order[None])[0]
         fixed = order.to(device).expand(shape)
         order = lambda logits, tokens: fixed
     order = MEASURES.get(order, order) if isinstance(order, str) else order
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
-    masked = response == mask_id                 # kept up to date, never read off the tokens again
+    masked = response == mask_id                 # tracked: undecodable positions may hold [MASK]
     masked = masked if decodable is None else masked & decodable
     step_of = torch.full_like(response, -1)
     reveal_entropy = torch.zeros(shape, device=device, dtype=torch.float32)
@@ -240,13 +241,13 @@ def decode(model, prompt, response_length, *, mask_id, order="entropy", order_te
             difficulty = order(logits, torch.cat([prompt, response], 1)).float()
             require(difficulty.shape == shape and difficulty[masked].isfinite().all(),
                     f"the order must give finite numbers, {shape}; or were the logits nan?")
-        if order_temperature > 0:                # the log of an exponential draw is minus a Gumbel
+        if order_temperature > 0:                # Gumbel: odds exp(-difficulty / order_temperature)
             noise = torch.empty_like(difficulty).exponential_(generator=generator).log()
             difficulty = difficulty + order_temperature * noise
         current_block = torch.where(masked, block, response_length).amin(1, keepdim=True)
         candidates = masked & (block == current_block)
-        turn = rank_in_row(difficulty.masked_fill(~candidates, torch.inf))
-        chosen = candidates & (turn < tokens_per_step)                   # Eq. 2
+        place = rank_in_row(difficulty.masked_fill(~candidates, torch.inf))
+        chosen = candidates & (place < tokens_per_step)                  # Eq. 2
         response[chosen] = pick_tokens(logits[chosen], temperature, generator)
         step_of[chosen], reveal_entropy[chosen] = step, entropy[chosen]
         masked = masked & ~chosen
@@ -275,11 +276,11 @@ def check_decoding(prompt, shape, mask_id, order, order_temperature, tokens_per_
                 f"{name} must have the shape {shape} and be {dtype}.")
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: ideally a state has a probability proportional to exp(-beta * sum of the entropies of
-# its tokens, each before its reveal).  The normaliser is intractable, but it cancels between two
-# successors of one state, one with r revealed, one with s.  If r was revealed first, its successor
-# should be the likelier one, so h(r) < h(s) (Lemma 1).  The next token is usually the surest as it
-# is; the loss teaches the order of the later ones.  The margin gamma, in nats, absorbs beta.
+# Boltzmann: ideally a set of revealed tokens has a probability proportional to exp(-beta * sum of
+# their entropies, each before its reveal).  Reveal one more token, r or s: the normaliser cancels,
+# the two sets have the ratio exp(-beta (h(r) - h(s))).  If r was revealed first, its set should be
+# the likelier one: h(r) < h(s) (Lemma 1), by a margin gamma in nats, of which beta is part.  At a
+# cut the next token is usually the surest already; what is taught is the order of later ones.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -321,7 +322,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     masked, window = segment_masks(decode_rank, n_visible, window_size)
-    # Only the window, in reveal order; a short one is filled up with positions not to be counted.
+    # The window's positions (_w) in the order of reveal; behind a short one window_w is False.
     at = decode_rank.masked_fill(~window, response.shape[1]).argsort(1)[:, :window_size]   # (B, W)
     rank_w, window_w, tokens_w = (x.gather(1, at) for x in (decode_rank, window, response))
     logits = masked_logits(model, trajectories, masked, window_w, mask_id, at)     # (B, W, V)
@@ -339,7 +340,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None, mask_ratio=None):
     """Eq. 1: mean over the masked positions of a row, then over rows; the order is not used.
-    (The mean over the positions stands where LLaDA divides a sum by the mask ratio.)
+    (LLaDA divides the sum over the masked positions by the mask ratio instead.)
 
     Each row draws a mask ratio from 0 .. 1, unless `mask_ratio` sets it for all, and masks each
     decoded position with that probability, but at least one.  Returns loss, metrics."""
@@ -403,8 +404,8 @@ def validate(trajectories, mask_id, vocabulary_size):
     """Look at every value, once per data set; raise ValueError for a wrong one.  (The losses check
     shapes and settings only: to look at values makes a GPU wait.)"""
     prompt, response, decode_rank, entropy = vars(trajectories).values()
-    n, decoded = response.shape[1], decode_rank >= 0
-    sorted_rank = torch.arange(n, device=response.device) - (n - decoded.sum(1, keepdim=True))
+    length, decoded = response.shape[1], decode_rank >= 0
+    sorted_rank = torch.arange(length, device=response.device) - length + decoded.sum(1, True)
     require((decode_rank.sort(1).values == sorted_rank.clamp(min=-1)).all(),
             "decode_rank must hold 0 .. n-1 once each in every row, and -1 elsewhere.")
     for name, tokens, ranked in (("prompt", prompt, True), ("response", response, decoded)):
@@ -417,6 +418,7 @@ def validate(trajectories, mask_id, vocabulary_size):
 # ==== The method ends here.  Below: rivals, and a demo on synthetic arithmetic ====================
 import argparse
 import copy
+import inspect
 import json
 import math
 import os
@@ -439,19 +441,14 @@ except ModuleNotFoundError:      # this file was copied alone: all but the demo 
 # Losses of the same form.  SFT-GT and SFT-SD are `nelbo_loss`, on reference solutions (GT: ground
 # truth) and on the model's right answers (SD); trajectory masking is `tabom_loss` without ranking.
 
-def dinfer_loss(model, trajectories, *, mask_id, generator=None, times=None):
+def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is revealed until a later one.
-
-    times: (start, end), each (B,), the tokens visible in the two states; by default two different
-    numbers from 0 .. n, every pair equally likely.  Returns loss, metrics.
-    """
-    if times is None:
-        n = trajectories.n_decoded
-        one = draw_below(n + 1, generator)
-        other = (one + 1 + draw_below(n, generator)) % (n + 1)           # any number but `one`
-        times = torch.minimum(one, other), torch.maximum(one, other)
-    masked, _ = segment_masks(trajectories.decode_rank, times[0])
-    between = masked & (trajectories.decode_rank < times[1][:, None])
+    Their numbers of visible tokens are drawn from 0 .. n, every pair of two equally likely."""
+    n = trajectories.n_decoded
+    one = draw_below(n + 1, generator)
+    other = (one + 1 + draw_below(n, generator)) % (n + 1)               # any number but `one`
+    masked, _ = segment_masks(trajectories.decode_rank, torch.minimum(one, other))
+    between = masked & (trajectories.decode_rank < torch.maximum(one, other)[:, None])
     logits = masked_logits(model, trajectories, masked, between, mask_id)          # (B, N, V)
     nll = token_nll(logits, trajectories.response.masked_fill(~between, 0))
     loss = row_mean(nll, between).mean()
@@ -499,22 +496,22 @@ class LaggedCopy:
 
 # == 10. Settings: each with its reason, and the paper's value where it has one ====================
 # The task, `pick`: multiply by a number of your choice whose digits lie in a range of c digits, and
-# show the working, the steps between (see the head of toy_data.py).  An arm is a way to fine-tune:
-# TABOM, a rival or a control.  It may have settings of its own, those from `queries` down, as in
-# TABOM:margin=0.3,rounds=2.
+# show the working, the steps between (see the head of toy_data.py).  An arm is a row of the tables:
+# the base, TABOM, a rival or a control.  It may have settings of its own, as in
+# TABOM:margin=0.3,rounds=2: those from `queries` down.  A new setting belongs to its block.
 
 @dataclass(frozen=True)
 class Config:
     # The base, and how all is measured
-    layouts: int = 3                  # the prompt names one; 1: the answer always stands first
+    layouts: int = 3                  # orders of the fields; the prompt names one (1: always a)
     layers: int = 3                   # 0.34 million parameters, pretrained on a laptop in minutes
     width: int = 96
-    pretrain_updates: int = 5000      # until only the order is missing
+    pretrain_updates: int = 5000      # then nearly all is right in the best order
     split: str = "test"               # "validation" for tuning
     test_problems: int = 400          # of add, sub, mul and each c of pick, at most
     samples: int = 16                 # answers to a prompt, to see how wide the choice is
-    # How an arm collects
-    queries: int = 10_000             # answers, the prompts in turn (paper: one for each)
+    # Which rollouts an arm has (up to kept_each), and what it makes of them
+    queries: int = 10_000             # answers to collect, prompts in turn (paper: one for each)
     collect_order: str = "entropy"    # the model's own, as in the paper
     collect_order_temperature: float = 0.0   # noise on the order (paper: 0)
     collect_temperature: float = 1.0  # of the tokens; makes orders differ, too (paper: low)
@@ -523,7 +520,7 @@ class Config:
     ranks: str = "recorded"           # controls: "shuffled", "reversed", "swapped" (another
                                       # rollout's), "alike" (of one with the same c and layout)
     style: str = "other"              # SFT-GT copies another style of working, or the model's "own"
-    rounds: int = 1                   # collect with the tuned model, tune on (paper: 1)
+    rounds: int = 1                   # times to collect, with the tuned model, and tune (paper: 1)
     # How it is tuned, and decodes
     updates: int = 400                # (paper: 5 epochs)
     batch_size: int = 64              # (paper: 32)
@@ -532,11 +529,11 @@ class Config:
     margin: float = 1.0               # gamma, nats: about the entropy gap (paper: 0.1 to 0.3)
     rank_weight: float = 2.0          # lambda (paper: 1 and 2)
     prior: str = "none"               # decode with a prior: each position's mean rank in "kept"
-                                      # rollouts, or its "contrast", kept minus wrong ones
+                                      # rollouts; "contrast": that minus its mean rank in wrong
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            known, lowest = ALLOWED.get(name), 0.0 if isinstance(value, float) else 1
+            known, lowest = ALLOWED.get(name), (0.0 if isinstance(value, float) else 1)
             require(not known or value in known,
                     f"{name} must be one of {', '.join(map(str, known or ()))}, not {value}.")
             require(known or lowest <= value <= 1e6,
@@ -551,9 +548,9 @@ ALLOWED = {"layouts": (1, 3), "split": ("validation", "test"), "collect_order": 
 HEADS = 4
 NAMES = list(Config.__dataclass_fields__)
 SHARED, OWN = NAMES[:NAMES.index("queries")], NAMES[NAMES.index("queries"):]
-COLLECT = OWN[:OWN.index("ranks")]               # what decides which rollouts there are
-# The learning rate of an arm: the one of 2e-5, 5e-5, 1e-4, 2e-4, 5e-4 with most right answers that
-# keeps the other domains within a point, on validation; TABOM's is lower, to keep the skill, too.
+COLLECT = OWN[:OWN.index("ranks")]
+# The learning rate of an arm: of 2e-5, 5e-5, 1e-4, 2e-4, 5e-4 the one with most right answers, on
+# validation, among those that lose at most a point in add, sub, mul; TABOM's is lower (README).
 # A new arm is a line here, one in `loss_of`, and its data in `training_data` if it has its own.
 ARMS = {"No-SFT": [], "SFT-GT": [], "SFT-SD": [], "dInfer": ["learning_rate=2e-4"],
         "T3D": ["learning_rate=1e-4"], "trajectory": ["rank_weight=0"],
@@ -577,7 +574,7 @@ def configure(config, assignments, names=NAMES):
     return replace(config, **values)
 
 def read_arm(name, common):
-    """"TABOM:margin=0.3,rounds=2" -> "TABOM" and its Config; common: the assignments of --set."""
+    """"TABOM:margin=0.3" -> "TABOM", its Config.  Later wins: common (--set), ARMS, the name."""
     arm, _, own = name.partition(":")
     require(arm in ARMS, f"there is no arm {arm!r}, only {', '.join(ARMS)}.")
     config = configure(Config(), [*common, *ARMS[arm]])
@@ -666,7 +663,7 @@ def rows_of(trajectories):
 
 def solved(rows):
     """Solved rows as Trajectories.  Nobody decoded them: their ranks count from the left."""
-    return from_decoding_order(*halves(rows), -toy.is_given(rows).long())
+    return from_decoding_order(*halves(rows), torch.where(toy.is_given(rows), -1, 0))
 
 def answer(model, problems, **settings):
     """Decode problems (n, L+N) -> Trajectories, correct (n,) bool.  Settings as in `decode`."""
@@ -708,8 +705,8 @@ def training_data(arm, kept, config, seed):
         rank = rank.shape[1] - 1 - rank          # in pick every position is decoded
     if config.ranks in ("swapped", "alike"):
         row = torch.randperm(len(rank), generator=generator, device=rank.device)
-        if config.ranks == "alike":              # sorted: roll(1) stays within a kind
-            kind = 3 * toy.n_choices(kept.prompt) + kept.prompt[:, 5]
+        if config.ranks == "alike":      # the row before is of the same kind, but for each first
+            kind = 3 * toy.n_choices(kept.prompt) + toy.layout_of(kept.prompt)
             row = row[kind[row].argsort(stable=True)]
         rank = torch.empty_like(rank).index_copy(0, row, rank[row.roll(1)])
     return replace(kept, decode_rank=rank)
@@ -717,8 +714,9 @@ def training_data(arm, kept, config, seed):
 def loss_of(arm, model, config):
     in_window = partial(tabom_loss, window_size=config.window_size, margin=config.margin,
                         rank_weight=config.rank_weight)
+    if arm == "T3D":
+        return partial(t3d_loss, reference=LaggedCopy(model))
     return {"SFT-GT": nelbo_loss, "SFT-SD": nelbo_loss, "dInfer": dinfer_loss,
-            "T3D": partial(t3d_loss, reference=LaggedCopy(model)),
             "trajectory": in_window, "TABOM-paper": in_window, "TABOM": in_window}[arm]
 
 # == 14. Evaluation ================================================================================
@@ -781,14 +779,14 @@ PRIOR_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)   # nats per unit of m
 def prior_order(bench, rollouts, correct, kept, kind):
     """No training: entropies plus a weight times the mean rank of each position, in the layout that
     the prompt names -> order, weight, the best on validation prompts."""
-    layout_of = lambda tokens: tokens[:, toy.PROMPT_LENGTH - 1] - toy.token("a")
     def mean_rank(data):                                                 # (3, N)
-        return torch.stack([data.decode_rank[layout_of(data.prompt) == one].float().mean(0)
+        return torch.stack([data.decode_rank[toy.layout_of(data.prompt) == one].float().mean(0)
                             for one in range(3)])
     wrong = mean_rank(rollouts[~correct]) if kind == "contrast" else 0
     rank = (mean_rank(kept) - wrong).nan_to_num()          # no rollouts in a layout: no prior
     def order_of(weight):
-        return lambda logits, tokens: predictive_entropy(logits) + weight * rank[layout_of(tokens)]
+        return lambda logits, tokens: (predictive_entropy(logits)
+                                       + weight * rank[toy.layout_of(tokens)])
     best = max(PRIOR_WEIGHTS, key=lambda weight: percent_right(
         bench.base, bench.validation, order=order_of(weight))["all"])
     return order_of(best), best
@@ -801,19 +799,20 @@ def run_arm(name, arm, config, bench):
     for round_number in range(config.rounds):
         seed = bench.seed + round_number * N_SEEDS                       # other draws in each round
         way = (round_number, *settings_of(config, COLLECT).values())
-        collected = bench.collected.get(way) or self_distil(model, bench.queries, config, seed)
+        rollouts, correct, kept = bench.collected.get(way) or self_distil(
+            model, bench.queries, config, seed)
         if round_number == 0:                    # with the base: once for all arms
-            bench.collected[way] = collected
+            bench.collected[way] = rollouts, correct, kept
         if config.prior != "none":
-            order, weight = prior_order(bench, *collected, config.prior)
+            order, weight = prior_order(bench, rollouts, correct, kept, config.prior)
         if arm != "No-SFT":
-            data = training_data(arm, collected[-1], config, seed)
+            data = training_data(arm, kept, config, seed)
             optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate,
                                           betas=(0.9, 0.98), fused=True)
             train(model, data, loss_of(arm, model, config), [optimizer], updates=config.updates,
                   batch_size=config.batch_size, warmup=20, seed=seed, label=name)
         figures = evaluate(model, bench, config, order)
-        rounds.append({"kept": len(collected[-1]), **{figure: figures[figure] for figure in (
+        rounds.append({"kept": len(kept), **{figure: figures[figure] for figure in (
             "greedy", "sampled", "best order", "effective factors")}})
     return {"settings": settings_of(config, OWN), **figures, "prior weight": weight,
             "rounds": rounds}, model
@@ -866,8 +865,7 @@ def run_seed(config, seed, arms, device, folder):
 
     stage("Fine-tune: same base, same batch order, same number of updates, last checkpoint")
     if "T3D" in arms:
-        say("    T3D's preference is 1.040 while model and reference agree; the reference follows"
-            "\n    every 10 updates, so it hardly moves: the loss is masking with falling weights")
+        say("    T3D's preference stays near 1.5 ln 2: its reference follows every 10 updates")
     held_out = self_distil(base, validation, replace(config, queries=1000), seed)[-1]
     bench = Bench(seed, base, queries, validation, tests, held_out, {})
     for name, (arm, own) in arms.items():
@@ -976,19 +974,21 @@ def demo(options):
     say("\n" + report(runs))
 
 def parse(arguments):
+    settings, _, _ = inspect.getsource(Config).partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="tabom.py", description=__doc__.split("\n")[0],
-        epilog=f"Arms: {', '.join(ARMS)}, each also with settings of its own, as in "
-               f"TABOM:margin=0.3,window_size=4, which override --set.  Settings (section 10 "
-               f"of tabom.py says why): {', '.join(NAMES)}.")
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"""arms: {', '.join(ARMS)}
+each also with settings of its own, from `queries` down, as in TABOM:margin=0.3,window_size=4
+\nsettings, their defaults and reasons:\n{settings}""")
     first, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     first.add_argument("--demo", action="store_true", help="run it all and compare the arms")
     first.add_argument("--report", type=Path, metavar="FOLDER", help="print a folder's tables")
     add("--quick", action="store_true", help="in a minute or two, only to see that it runs")
-    add("--seeds", type=int, nargs="+", default=[0], help="each has a base and problems of its own")
+    add("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     add("--arms", nargs="+", default=DEFAULT_ARMS, help=f"default: {' '.join(DEFAULT_ARMS)}")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="for all arms")
-    add("--out", type=Path, metavar="FOLDER", help="keep figures and weights; resume there")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="for all arms but those with another value in ARMS")
+    add("--out", type=Path, metavar="FOLDER", help="keep figures, weights; resume (default: no)")
     add("--device", help="cpu or cuda; default: cuda where there is one")
     options = parser.parse_args(arguments or ["--help"])
     if options.report and len(arguments) > 2:

@@ -54,13 +54,12 @@ def read_number(tokens):
     powers = 10 ** torch.arange(tokens.shape[1] - 1, -1, -1, device=tokens.device)
     return torch.where((tokens < 10).all(1), (tokens * powers).sum(1), -1)
 
+def layout_of(prompt):
+    return prompt[:, PROMPT_LENGTH - 1] - token("a")                     # (n,) 0, 1 or 2
+
 def columns_of(prompt):
     """(n, 6) or (n, 18) -> (n, 12): which column of layout a stands at each response position."""
-    return LAYOUTS.to(prompt.device)[prompt[:, PROMPT_LENGTH - 1] - token("a")]
-
-def by_column(tokens, values):
-    """values (n, 12) of the response positions of tokens (n, 18), rearranged as in layout a."""
-    return values.gather(1, columns_of(tokens).argsort(1))
+    return LAYOUTS.to(prompt.device)[layout_of(prompt)]
 
 def is_factor(prompt):
     """(n, 12) bool: the two positions of the factor."""
@@ -132,7 +131,8 @@ def best_order(logits, tokens):
 # == The checker ===================================================================================
 
 def read_factor(tokens):
-    return read_number(by_column(tokens, tokens[:, PROMPT_LENGTH:])[:, FACTOR])
+    in_layout_a = tokens[:, PROMPT_LENGTH:].gather(1, columns_of(tokens).argsort(1))
+    return read_number(in_layout_a[:, FACTOR])
 
 def is_correct(tokens):
     """(n, 18) -> (n,) bool: is the answer right, and the factor one of those allowed?"""
@@ -341,7 +341,7 @@ def draw_states(tokens, rank, entropies):
     shades, mark, plain = " .:+#", "[{}]", " {} "
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         shades, mark = " ░▒▓█", "\033[7m {} \033[0m"
-    names = ("ppppbbuuuttt"[column] for column in columns_of(tokens[None])[0].tolist())
+    names = ("ppppffuuuttt"[column] for column in columns_of(tokens[None])[0].tolist())
     lines = ["".join(map(plain.format, names))]
     for step, entropy in enumerate(entropies):
         cells = [plain.format(shades[min(int(2 * nats), 4)]) if turn >= step else
