@@ -13,7 +13,7 @@ higher rates, narrows the choice, since it lowers h(r).  `ours` asks for the sam
     4. draws each different answer (prompt, factor) as often
     5. collects and tunes twice, 400 updates each; margin 1.5, weight 2, rate 2e-4.
 Chosen on validation prompts of seeds 100 and 101 after some forty tries.  The arms `ours-...` leave
-out one part each (.results/removals: seed 101, --set split=validation).
+out one part each (.results/removals: these seeds, --set split=validation).
 """
 import copy
 import json
