@@ -1377,18 +1377,19 @@ def test_rounds_collect_with_the_tuned_model(tmp_path, monkeypatch):
     assert not weights[2].equal(weights[1])
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--set", "depth=3"], "no setting 'depth' here"), (["--set", "layers=two"], "cannot be 'two'"),
+    (["--set", "depth=3"], "there is no setting 'depth' here"),
+    (["--set", "layers=two"], "layers cannot be 'two'"),
     (["--set", "margin=nan"], "margin must be from 0.0"),
     (["--set", "queries=" + 21 * "9"], "queries must be from 1"),
     (["--set", "layouts=2"], "layouts must be one of 1, 3, not 2"),
-    (["--set", "width=10"], "a multiple of 4"), (["--set", "width=100000"], "layers * width ** 2"),
-    (["--arms", "DPO"], "there is no arm 'DPO'"), (["--arms", "TABOM:prior=kept"], "only No-SFT"),
+    (["--set", "width=10"], "width must be a multiple of 4"),
+    (["--seeds", "-1"], "a seed must be"), (["--set", "width=100000"], "layers * width ** 2"),
     (["--arms", "TABOM:width=8"], "there is no setting 'width' here, only queries"),
     (["--arms", "TABOM", "TABOM"], "named twice"), (["--seeds", "1", "1"], "named twice"),
-    (["--seeds", "-1"], "a seed must be"), (["--seeds", "1000000"], "a seed must be"),
-    (["--device", "tpu9"], "no such device"), (["--set", "layers=0"], "layers must be from 1"),
+    (["--arms", "DPO"], "there is no arm 'DPO'"), (["--arms", "TABOM:prior=kept"], "only No-SFT"),
+    (["--seeds", "1000000"], "a seed must be"), (["--device", "tpu9"], "no such device"),
     (["--arms", "TABOM:learning_rate=1e6,margin=1e6,rank_weight=1e6", "--set", "updates=30"],
-     "lower its learning_rate"),
+     "lower its learning_rate"), (["--set", "layers=0"], "layers must be from 1"),
     (["--set", "rollout_filter=working"], "rollouts are kept, too few to train on"), ])
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, says, capsys):
     given = [one for one in TINY if not any(one.split("=")[0] == new.split("=")[0]

@@ -16,7 +16,6 @@ Chosen on validation prompts of seeds 100 and 101 after some forty tries.  The a
 out one part each (.results/removals: these seeds, --set split=validation).
 """
 import copy
-import json
 import math
 import sys
 from functools import partial
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tabom                     # noqa: E402
 import toy_data as toy           # noqa: E402
+from measure import RUNS, read   # noqa: E402
 from tabom import draw_below, masked_logits, predictive_entropy, row_mean, token_nll   # noqa: E402
 
 LATER, UNSURE = 0.3, 0.3         # by so many ranks; by so many nats
@@ -150,5 +150,4 @@ if __name__ == "__main__":
     tabom.run_arm = run_ours
     if sys.argv[1:]:
         sys.exit(tabom.main(sys.argv[1:]))
-    folder = Path(__file__).parent / "ten"
-    print(report([json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]))
+    print(report(read(RUNS)))
