@@ -776,21 +776,20 @@ def why_order_matters(base, pick, seed):
 
 PRIOR_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)   # nats per unit of mean rank
 
-def prior_ranks(rollouts, correct, kept, kind):
-    """Mean rank of each position in each layout (3, N); "contrast": less that in wrong answers."""
-    def mean_rank(data):
+def prior_order(bench, rollouts, correct, kept, kind):
+    """No training: entropies plus a weight times the mean rank of each position, in the layout that
+    the prompt names -> order, weight, the best on validation prompts."""
+    def mean_rank(data):                                                 # (3, N)
         return torch.stack([data.decode_rank[toy.layout_of(data.prompt) == one].float().mean(0)
                             for one in range(3)])
     wrong = mean_rank(rollouts[~correct]) if kind == "contrast" else 0
-    return (mean_rank(kept) - wrong).nan_to_num()          # no rollouts in a layout: no prior
-
-def prior_order(bench, rank):
-    """Entropy + weight * rank in the layout of the prompt -> order, weight (best on validation)."""
-    def order(logits, tokens, weight):
-        return predictive_entropy(logits) + weight * rank[toy.layout_of(tokens)]
+    rank = (mean_rank(kept) - wrong).nan_to_num()          # no rollouts in a layout: no prior
+    def order_of(weight):
+        return lambda logits, tokens: (predictive_entropy(logits)
+                                       + weight * rank[toy.layout_of(tokens)])
     best = max(PRIOR_WEIGHTS, key=lambda weight: percent_right(
-        bench.base, bench.validation, order=partial(order, weight=weight))["all"])
-    return partial(order, weight=best), best
+        bench.base, bench.validation, order=order_of(weight))["all"])
+    return order_of(best), best
 
 # == 15. The demo ==================================================================================
 
@@ -805,7 +804,7 @@ def run_arm(name, arm, config, bench):
         if round_number == 0:                    # with the base: once for all arms
             bench.collected[way] = rollouts, correct, kept
         if config.prior != "none":
-            order, weight = prior_order(bench, prior_ranks(rollouts, correct, kept, config.prior))
+            order, weight = prior_order(bench, rollouts, correct, kept, config.prior)
         if arm != "No-SFT":
             data = training_data(arm, kept, config, seed)
             optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate,
@@ -838,6 +837,7 @@ def run_seed(config, seed, arms, device, folder):
     started = time.time()
     def stage(title):
         say(f"\n[{time.time() - started:4.0f} s] {title}")
+
     run, weights = load(folder, seed, config, arms)
     corpus, odds, problems = toy.split_problems(seed, config.layouts)
     tests = {domain: toy.first_of_each(parts[config.split].to(device), config.test_problems)

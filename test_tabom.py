@@ -631,15 +631,15 @@ def test_dinfer_supervises_what_lies_between_two_times():
     assert fit(drawn, dict.fromkeys(itertools.combinations(range(5), 2), 1))
     assert close(loss, mean(nlls), 1e-4) and close(metrics["nll"], loss)
 
-def test_ours_raises_what_is_held_back_and_keeps_the_rest(monkeypatch):
+def test_ours_raises_what_is_held_back_and_keeps_the_rest():
     """`hold_back_loss` of .results/ours.py, row by row; ranking moves nothing but what is late."""
     model, base, data, parts = TinyModel(), TinyModel(1), random_trajectories(30), []
-    layout, rank = torch.arange(30) % 3, torch.randn(3, N, generator=seeded())
-    monkeypatch.setattr(toy_data, "layout_of", lambda prompt: layout)
-    late, table = (rank > 0.2)[layout], torch.randn(30, N, V, generator=seeded()).requires_grad_()
+    late = torch.rand(30, N, generator=seeded()) < 0.5
+    table = torch.randn(30, N, V, generator=seeded()).requires_grad_()
     def call_ours(model, rank_weight):
         return ours.hold_back_loss(model, data, mask_id=MASK, base=base, generator=seeded(),
-            rank=rank, margin=0.5, rank_weight=rank_weight, later=0.2, unsure=1.0, anchor=3.0)
+                                   late=lambda prompt: late, margin=0.5, rank_weight=rank_weight,
+                                   anchor=3.0, unsure=1)
     loss, metrics = call_ours(model, 2.0)
     for row, cut in enumerate(drawn_cuts(model, data)):
         hidden = by_rank(data, row)[cut:]
@@ -1256,8 +1256,7 @@ def test_the_prior_is_the_mean_rank_in_a_layout_its_weight_the_best_on_validatio
         asked.clear()
         rank = data.decode_rank.float().view(2, 2, 2, 12).mean(1)        # kept or wrong, layout
         rank = torch.cat([rank[0] - (rank[1] if kind == "contrast" else 0), torch.zeros(1, 12)])
-        ranks = tabom.prior_ranks(data, correct, data[correct], kind)
-        order, weight = tabom.prior_order(bench, ranks)
+        order, weight = tabom.prior_order(bench, data, correct, data[correct], kind)
         assert weight == tabom.PRIOR_WEIGHTS[3] and all(validation for _, validation in asked)
         for (added, _), one in zip(asked, tabom.PRIOR_WEIGHTS):
             assert torch.allclose(added, one * rank, atol=1e-5)
@@ -1377,7 +1376,7 @@ def test_rounds_collect_with_the_tuned_model(tmp_path, monkeypatch):
         found = read(tmp_path)["arms"][name]
         assert len(found["rounds"]) == rounds and found["rounds"][-1]["greedy"] == found["greedy"]
     seeds, weights = zip(*asked[1:4])                                    # the first: held out
-    assert [seed for seed, _ in asked[4:]] == [seeds[0], seeds[1]]       # those of ours
+    assert len(asked) == 5 and asked[4][0] == seeds[1]       # the second round of the two is alike
     draws = [torch.rand(9, generator=tabom.random_stream(seed, "masks")).tolist() for seed in seeds]
     assert draws[0] != draws[1] != draws[2] and not weights[1].equal(weights[0])
     assert not weights[2].equal(weights[1])
