@@ -1463,7 +1463,8 @@ def test_the_files_stay_small():
 # ==== Claims: the sentences of the README, judged by the figures in .results/ =====================
 # A part is shown if the 95 % interval of its mean over the seeds (Student, paired) lies inside its
 # limits, refuted if outside, else not shown.  All parts must be shown, and one refuted refutes.
-RIVALS = ("SFT-GT", "SFT-GT:style=own", "SFT-SD", "dInfer", "T3D", "trajectory")
+RIVALS = ("SFT-GT", "SFT-GT:style=own", "SFT-SD", "dInfer", "T3D", "trajectory",
+          "SFT-SD:learning_rate=5e-5", "trajectory:learning_rate=5e-5")
 FEW = "kept_each=250"               # as many right answers for each c, for every control
 
 def stored(name):
