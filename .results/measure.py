@@ -76,8 +76,9 @@ def by_more_calls(base, pick, seed):
 
 @torch.no_grad()
 def gap_after_reveals(model, pick):
-    """Entropy gap, nats, mean over c = 2 .. 5, where no digit of the factor is written: at the
-    start and after three reveals of the model's own greedy decoding; and the turn of the factor."""
+    """Entropy of the surest position outside the factor and the gap to it, nats, mean over c = 2 to
+    5, where no digit of the factor is written: at the start and after three reveals of the model's
+    own greedy decoding; and the turn of the factor."""
     answers, _ = tabom.answer(model, pick)
     found = {"turn": toy.factor_figures(rows_of(answers), answers.decode_rank)["factor turn"]}
     for n_visible, (x_t, masked, entropy) in enumerate(
@@ -85,6 +86,8 @@ def gap_after_reveals(model, pick):
         if n_visible in (0, 3):
             hidden = entropy.masked_fill(~masked, torch.inf)
             some = (masked | ~toy.is_factor(pick)).all(1)
+            other = hidden.masked_fill(toy.is_factor(pick), torch.inf).amin(1)
+            found[f"other {n_visible}"] = toy.by_choices(pick[some], other[some])["all"]
             found[f"after {n_visible}"] = toy.by_choices(
                 pick[some], toy.entropy_gap(pick, hidden)[some])["all"]
     return found
@@ -121,8 +124,9 @@ def measure(seed):
              for domain, parts in problems.items()}
     bench = tabom.Bench(seed, base, problems["pick"]["query"], problems["pick"]["validation"],
                         tests, held_out, {})
-    sd_config = tabom.Config(**run["settings"], **run["arms"]["SFT-SD"]["settings"])
-    _, self_distilled = tabom.run_arm("SFT-SD", "SFT-SD", sd_config, bench)
+    def gap_of(arm):
+        own = tabom.Config(**run["settings"], **run["arms"][arm]["settings"])
+        return gap_after_reveals(tabom.run_arm(arm, arm, own, bench)[1], pick)
     first = toy.read_number(bench.queries[:, :2])
     unseen = pick[toy.read_number(pick[:, :2]) % 3 == 0]
     apart = replace(bench, queries=bench.queries[first % 3 > 0], collected={})
@@ -144,7 +148,7 @@ def measure(seed):
         "head start": head_start(base, pick),
         "more calls": by_more_calls(base, pick, seed),
         "gap": {"base": gap_after_reveals(base, pick), "TABOM": gap_after_reveals(tuned, pick),
-                "SFT-SD": gap_after_reveals(self_distilled, pick)},
+                "SFT-SD": gap_of("SFT-SD"), "SFT-GT": gap_of("SFT-GT")},
         "pairs by distance": {"base": pairs_by_distance(base, held_out),
                               "TABOM": pairs_by_distance(tuned, held_out)},
         "multiples of 3": {
@@ -193,7 +197,7 @@ def report():
         assert abs(run["orders"]["entropy"] - one["head start"]["0.0"]["all"]) < 0.01
     def row(name, value, decimals=1):
         return [name, *(f"{mean(value(one, where) for one in found):.{decimals}f}"
-                        for where in ("base", "SFT-SD", "TABOM"))]
+                        for where in ("base", "SFT-SD", "SFT-GT", "TABOM"))]
     calls = {name: [mean(one["more calls"][name][0] for one in found), str(calls)]
              for name, (_, calls) in found[0]["more calls"].items()}
     greedy = {arm: [run["arms"][arm]["greedy"] for run in runs] for arm in runs[0]["arms"]}
@@ -214,9 +218,10 @@ def report():
             [name, mean(one["orders"][name] for one in found)] for name in found[0]["orders"]]),
         toy.table(["head start of the factor, nats", "2 to 5", "2", "3", "4", "5"], curve),
         toy.table(["what training is worth", "nats of head start"], worth),
-        toy.table(["entropy gap, nats; turn of the factor", "base", "SFT-SD", "TABOM"], [
-            row("gap at the start", lambda one, who: one["gap"][who]["after 0"], 2),
-            row("gap after three reveals", lambda one, who: one["gap"][who]["after 3"], 2),
+        toy.table(["entropies, nats; turn of the factor", "base", "SFT-SD", "SFT-GT", "TABOM"], [
+            *(row(f"{name}, {when}", lambda one, who, key=f"{kind} {n}": one["gap"][who][key], 2)
+              for name, kind in (("surest other position", "other"), ("factor minus that", "after"))
+              for when, n in (("start", 0), ("after three reveals", 3))),
             row("turn of the factor", lambda one, who: one["gap"][who]["turn"])]),
         toy.table(["pairs in the recorded order, %, ranks apart", *map(str, range(1, 12))], [
             [who, *(mean(one["pairs by distance"][who][d] for one in found) for d in range(11))]
