@@ -111,8 +111,8 @@ def run_ours(name, arm, config, bench):
     return {"settings": tabom.settings_of(config, tabom.OWN), **figures, "prior weight": None,
             "rounds": rounds}, model
 
-LETTERS = {"SFT-SD:rounds=2": "S", "trajectory:rounds=2": "M", "TABOM-paper:rounds=2": "P",
-           "TABOM:rounds=2": "T", "ours": "O"}
+LETTERS = {"SFT-GT:rounds=2": "G", "SFT-SD:rounds=2": "S", "trajectory:rounds=2": "M",
+           "TABOM-paper:rounds=2": "P", "TABOM:rounds=2": "T", "ours": "O"}
 
 def points(run, arm):
     """Base, round 1, round 2 -> their figures."""
