@@ -170,17 +170,22 @@ def mean(values):
 
 def dial(runs):
     """What the ranking term adds to trajectory masking, by c: a picture for two margins."""
-    lines, masking = [], "trajectory:kept_each=250"
-    for title, ours in (("gamma 1", "TABOM:kept_each=250"),
-                        ("gamma 0.2", "TABOM-paper:kept_each=250")):
-        lines.append(f"    {title}: what ranking adds to masking, points (o mean, - interval)")
-        for c in map(str, toy.CHOICES):
-            added = [run["arms"][ours]["by c"][c] - run["arms"][masking]["by c"][c] for run in runs]
-            middle, low, high = (round(value / 2) + 20 for value in toy.mean_and_interval(added))
-            bar = ["-" if low <= at <= high else " " for at in range(51)]
-            bar[20], bar[max(0, min(50, middle))] = "|", "o"
-            gap = mean(run["entropy gap"][c] for run in runs)
-            lines.append(f"    c = {c}, gap {gap:4.2f} nats  {''.join(bar)}  {interval(added)}")
+    lines = ["    o gamma 1, x gamma 0.2, - and . their intervals, | nothing"]
+    masking, few = "trajectory:kept_each=250", ":kept_each=250"
+    for c in map(str, toy.CHOICES):
+        bar, marks, texts = [" "] * 6 + ["|"] + [" "] * 24, {}, []       # a cell is a point
+        for arm, mark, line in (("TABOM-paper", "x", "."), ("TABOM", "o", "-")):
+            added = [run["arms"][arm + few]["by c"][c] - run["arms"][masking]["by c"][c]
+                     for run in runs]
+            marks[mark], low, high = (min(30, max(0, 6 + round(value)))
+                                      for value in toy.mean_and_interval(added))
+            bar[low:high + 1] = line * (high + 1 - low)
+            texts.append(f"{mark} {interval(added)}")
+        for mark, at in marks.items():
+            bar[at] = mark
+        gap = mean(run["entropy gap"][c] for run in runs)
+        lines.append(f"    c = {c}, gap {gap:4.2f} nats  "
+                     f"{''.join(bar)}  {texts[1]:<22}  {texts[0]}")
     return "\n".join(lines)
 
 def head_start_of(curve, accuracy):
