@@ -110,8 +110,9 @@ def pairs_by_distance(model, held_out):
 def measure(seed):
     run = json.loads((RUNS / f"seed-{seed}.json").read_text())
     weights = torch.load(RUNS / f"seed-{seed}.pt", weights_only=True)
-    config, tuned_config = (tabom.Config(**run["settings"]), tabom.Config(
-        **run["settings"], **run["arms"]["TABOM"]["settings"]))
+    config = tabom.Config(**run["settings"])
+    def config_of(arm):
+        return replace(config, **run["arms"][arm]["settings"])
     base = tabom.Denoiser(len(toy.VOCABULARY), 18, config.layers, config.width).eval()
     base.load_state_dict(weights["base"])
     tuned = copy.deepcopy(base)
@@ -125,13 +126,12 @@ def measure(seed):
     bench = tabom.Bench(seed, base, problems["pick"]["query"], problems["pick"]["validation"],
                         tests, held_out, {})
     def gap_of(arm):
-        own = tabom.Config(**run["settings"], **run["arms"][arm]["settings"])
-        return gap_after_reveals(tabom.run_arm(arm, arm, own, bench)[1], pick)
+        return gap_after_reveals(tabom.run_arm(arm, arm, config_of(arm), bench)[1], pick)
     first = toy.read_number(bench.queries[:, :2])
     unseen = pick[toy.read_number(pick[:, :2]) % 3 == 0]
     apart = replace(bench, queries=bench.queries[first % 3 > 0], collected={})
-    _, without_threes = tabom.run_arm("TABOM, no first factor in 3, 6, ..", "TABOM", tuned_config,
-                                      apart)
+    _, without_threes = tabom.run_arm("TABOM, no first factor in 3, 6, ..", "TABOM",
+                                      config_of("TABOM"), apart)
     def order_by(model):
         return lambda logits, tokens: entropies(model, tokens)
     def unequal(model):
