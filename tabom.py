@@ -3,19 +3,20 @@
 
 Such a model fills in a response of which some tokens are hidden, [MASK].  To answer, it starts from
 [MASK] alone and writes one token after the other, easy ones first.  But it is trained on responses
-with *random* tokens hidden, so training and inference see different half-written responses: states.
+with *random* tokens hidden, so it learns other half-written responses (states) than it will meet.
 TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv 2605.11854; this file is
-unofficial) trains on the states of the model's own way to right answers:
+unofficial) trains on the states that the model itself passed through on its way to right answers:
 
     1. pretrain as usual: hide random tokens, predict them                         (Eq. 1)
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
     3. keep the answers that a checker accepts: the checker is yours
     4. rebuild a state on the way to such an answer, train on what came next       (Eq. 9, term 1)
-    5. and rank: what was written earlier should be surer, have the lower entropy  (Eq. 7-8)
+    5. and rank: what was written earlier should have the lower entropy, be surer  (Eq. 7-8)
 
-An answer with the rank of each position, when it was written, is a *trajectory*.  A *cut* rebuilds
-the state after some writes; the *window* is the W tokens that were written next.  Training as usual
-cuts a random order, trajectory masking the recorded one, TABOM also ranks what comes next.
+A *trajectory* is an answer with the rank of each position: when it was written.  A *cut* shows what
+was written first and hides the rest; the *window* is the next W tokens.  Training as usual cuts a
+random order and learns all that it hides; *trajectory masking*, step 4 alone, cuts the recorded
+order and learns the window; TABOM also ranks what comes next.
 
     python tabom.py --demo            all of it on arithmetic, beside other ways of training
     python tabom.py --demo --quick    the same chain in a minute, only to see that it runs
@@ -31,8 +32,8 @@ import torch
 from torch import Tensor
 
 # == 1. A trajectory and a cut =====================================================================
-# One rank per position says when it was written, and rebuilds every state on the way.  Ranks
-# 2 0 3 1 4, cut after two writes, with a window of two:
+# One rank per position says when it was written; the ranks rebuild every state on the way.  For
+# example, ranks 2 0 3 1 4, cut after two writes, with a window of two:
 #
 #     decode_rank    2    0    3    1    4
 #     the model sees [M]  x1   [M]  x3   [M]       visible: rank < 2
@@ -97,7 +98,7 @@ def from_steps(prompt, response, step, entropy=None):
 
 def cut(decode_rank, n_visible, window_size=1):
     """The state after n_visible writes, an int or (B,) -> masked, window: (B, N) bool.
-    masked is the paper's M_t; window, its Delta, the next window_size ranks, or what is left."""
+    masked (the paper's M_t) is what is hidden; window (Delta), the next window_size of it."""
     require_size("window_size", window_size)
     n_visible = torch.as_tensor(n_visible, device=decode_rank.device)
     require(n_visible.shape in ((), (len(decode_rank),)) and not n_visible.is_floating_point()
@@ -107,12 +108,12 @@ def cut(decode_rank, n_visible, window_size=1):
     return masked, masked & (decode_rank - n_visible < window_size)
 
 def draw_below(limit, generator):
-    """(B,) limits -> (B,) int64, each uniform over 0 .. limit-1, but spread over the rows, which
+    """(B,) limits -> (B,) int64, each uniform on 0 .. limit-1, and stratified over the rows, which
     makes gradients less noisy: of 4 rows with limit 8 one gets 0 or 1, one 2 or 3, and so on."""
     require((limit > 0).all(), "in some row nothing was decoded: use data[data.n_decoded > 0].")
     part = torch.randperm(len(limit), generator=generator, device=limit.device)
     within = torch.rand(len(limit), generator=generator, device=limit.device, dtype=torch.float32)
-    return ((part + within) / len(limit) * limit).long().minimum(limit - 1)    # if rounded up
+    return ((part + within) / len(limit) * limit).long().minimum(limit - 1)    # if rounded
 
 def scatter(values, chosen, elsewhere=0.0):
     """(K,) values of the chosen (B, N) positions -> (B, N)."""
@@ -128,7 +129,7 @@ def row_mean(values, chosen):
 def ask(model, prompt, response, masked, wanted, mask_id):
     """The only call of a model: hide `masked`, predict `wanted`, (B, N) bool each -> logits (K, V).
     logits[:, i] must predict token i (Dream's predicts token i + 1: shift it).  If the vocabulary
-    has an entry for [MASK], it gets -inf, since no response contains it."""
+    has an entry for [MASK], it gets -inf: it is never an answer."""
     require_size("mask_id", mask_id, lowest=0)
     require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
     tokens = torch.cat([prompt, response.masked_fill(masked, mask_id)], 1)         # the paper's x_t
@@ -168,7 +169,7 @@ def predictive_entropy(logits):
 # Noting the step of each position is all it takes to record a trajectory.
 
 def by_entropy(logits, tokens, candidates):
-    """An order says how hard each candidate is; the lowest is written first (Eq. 2).
+    """An order is a function that says how hard each candidate is; the easiest is written first.
     logits (K, V) of the candidates (B, N) bool, tokens (B, L+N) that the model saw -> (K,)."""
     return predictive_entropy(logits)
 
@@ -205,7 +206,7 @@ def decode(model, prompt, response_length, *, mask_id, order=by_entropy, tokens_
         entropy = predictive_entropy(logits)                             # (K,)
         difficulty = order(logits, torch.cat([prompt, response], 1), candidates).float()
         require(difficulty.shape == entropy.shape and (entropy + difficulty).isfinite().all(),
-                "where it may write, logits and order must be finite: one number a candidate.")
+                "where it may write, logits and order must be finite, one number per candidate.")
         place = rank_in_row(scatter(difficulty, candidates, torch.inf))  # (B, N)
         chosen = candidates & (place < tokens_per_step)                  # Eq. 2
         now = chosen[candidates]                                         # (K,)
@@ -222,19 +223,19 @@ def pick_tokens(logits, temperature, generator):
     return (below_best / temperature).softmax(-1).multinomial(1, generator=generator).squeeze(1)
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: ideally the probability of a state, a set of written tokens, is proportional to
-# exp(-beta * sum of their entropies, each before its writing).  Write one more token, either r or
-# s: the normaliser cancels, and the ratio of the two is exp(-beta (h(r) - h(s))).  If r was written
-# first, it should be above 1: h(r) < h(s) (Lemma 1).  We ask for a gap of gamma; beta rescales it.
-# This is not circular: at a cut only the next token is the surest by construction.  Later ones were
-# chosen in later states, on the way to an answer that was right: their order is what is taught.
+# Boltzmann: ideally a state, a set of written tokens, has a probability proportional to
+# exp(-beta * E), E the sum of the entropies that its tokens had just before their writing.  Write r
+# or s next: the normaliser cancels, the two states have the ratio exp(-beta (h(r) - h(s))).  If r
+# was written first it should exceed 1: h(r) < h(s) (Lemma 1).  We ask for a gap of gamma nats, into
+# which beta goes.  Circular?  No: at a cut only the next token is the surest by construction; later
+# ones were chosen in later states, on the way to a right answer: to foresee that is the lesson.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
     h = entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma) nats.
     A pair (r, s) has r written before s; a row without a pair counts 0.  Returns loss and
     pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
-    Its gradient lowers h(r) and raises h(s) of each pair that is not yet a margin apart."""
+    A step down lowers h(r) and raises h(s) of each pair that is not yet a margin apart."""
     require(entropy.shape == decode_rank.shape == window.shape and window.dtype == torch.bool
             and len(entropy) > 0, "entropy, decode_rank and a bool window must be (B, N), B > 0.")
     require_amount("margin", margin)
@@ -242,7 +243,7 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     h, rank, inside = (x.gather(1, front) for x in (entropy, decode_rank, window))     # (B, W)
     pairs = inside[:, :, None] & inside[:, None, :]                      # (B, W, W)
     pairs &= rank[:, :, None] < rank[:, None, :]                         # pairs[b, earlier, later]
-    excess = (h[:, :, None] - h[:, None, :])[pairs]                      # h(r) - h(s), one a pair
+    excess = (h[:, :, None] - h[:, None, :])[pairs]                      # h(r) - h(s) per pair
     loss = row_mean((excess + margin).relu(), pairs.flatten(1)).mean()   # Eq. 8
     return loss, (excess < 0).float().sum() / max(1, len(excess))
 
@@ -275,8 +276,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 # decoding visits only a few of them, from easy to hard.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
-    """Eq. 1, the negative evidence lower bound: the mean of -log p over the masked positions of a
-    row, whose number is uniform on 1 .. n, then over rows.  The recorded order is not used: for
+    """Eq. 1, the negative evidence lower bound: hide 1 .. n positions of a row, each number equally
+    likely, and take the mean of -log p over them, then over rows.  The order is not used: for
     plain text `from_steps(prompt, response, torch.zeros_like(response))` will do."""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
@@ -294,8 +295,8 @@ def shuffled(decode_rank, generator=None):
 
 def post_train(model, prompts, is_right, optimizer, *, response_length, mask_id, temperature,
                epochs, batch_size, generator=None, **settings):
-    """Train a pretrained model on its own right answers to prompts (n, L) -> metrics by update.
-    is_right(rollouts) -> (n,) bool is your checker; the settings are those of `tabom_loss`."""
+    """Train a pretrained model on its own right answers to prompts (B, L) -> metrics per update.
+    is_right(rollouts) -> (B,) bool is your checker; settings: of `tabom_loss`; network.eval()."""
     rollouts = Trajectories.cat(
         decode(model, some, response_length, mask_id=mask_id, temperature=temperature,
                generator=generator) for some in prompts.split(batch_size))
@@ -313,7 +314,7 @@ def post_train(model, prompts, is_right, optimizer, *, response_length, mask_id,
             history.append(metrics)
     return history
 
-# Input checks: each raises ValueError with a sentence.
+# Input checks, part of what you copy: each raises ValueError with a sentence.
 def require(fact, message):
     if not fact:
         raise ValueError(message)
@@ -707,9 +708,9 @@ def demo(options):
     """Find out what is wrong before any work, then run the seeds."""
     require(toy, "toy_data.py is missing; it belongs beside tabom.py.")
     settings = configure([*(QUICK if options.quick else ()), *options.set])
-    [read_arm(name, settings) for name in options.arms]
-    for given in (options.arms, options.seeds):
-        require(len(set(given)) == len(given), f"{given}: one of these stands there twice.")
+    wanted = [(name.partition(":")[0], read_arm(name, settings)[1]) for name in options.arms]
+    require(len(set(wanted)) == len(wanted), "--arms: one of them stands there twice.")
+    require(len(set(options.seeds)) == len(options.seeds), "--seeds: one stands there twice.")
     require(all(0 <= seed < 10 ** 6 for seed in options.seeds), "a seed must be from 0 to 999999.")
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

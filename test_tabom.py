@@ -439,7 +439,7 @@ def test_nan_stops_the_decoder_only_where_it_may_write(order):
         refuses("logits and order must be finite", run, Scripted(table))
     for bad in (*(lambda x, y=y: x[:, 0].index_fill(0, P[0, :1], y) for y in (NAN, INF, -INF)),
                 lambda x: x[None, :, 0], lambda x: x[:, :1], lambda x: x[1:, 0], lambda x: x[0, 0]):
-        refuses("one number a candidate", run, TinyModel(), lambda logits, *_: bad(logits), None)
+        refuses("one number per candidate", run, TinyModel(), lambda logits, *_: bad(logits), None)
 
 def test_the_score_is_eq_10_and_11_of_replayed_states():
     data, variances = random_trajectories(9, n_given=(0, 1, 3, 5)), []
@@ -970,7 +970,7 @@ def test_the_film_shows_the_prompt_on_which_the_factor_came_forward_most(monkeyp
     (["--arms", "TABOM:style=own"], "'style' is no setting here"),
     (["--arms", "masking:margin=1"], "'margin' is no setting here"),
     (["--arms", "No-SFT:epochs=1"], "'epochs' is no setting here"),
-    (["--arms", "TABOM", "TABOM"], "stands there twice"), (["--seeds", "1", "1"], "there twice"),
+    (["--arms", "TABOM", "TABOM:margin=1"], "there twice"), (["--seeds", "1", "1"], "there twice"),
     (["--arms", "DPO"], "'DPO' is no arm; there are: No-SFT"), (["--device", "tpu9"], "no such"),
     (["--seeds", "1000000"], "a seed must be"), (["--seeds", "-1"], "a seed must be"),
     (["--out", str(PROJECT)], "exists"), (["--out", "/proc/no/folder"], "/proc/no"),
