@@ -465,7 +465,7 @@ def configure(assignments, settings=Settings(), names=tuple(vars(Settings()))):
     """["margin=0.3", ..] -> settings with these values, each of the type of its default."""
     values = {}
     for name, _, text in (assignment.partition("=") for assignment in assignments):
-        require(name in names, f"{name!r} is no setting here; there are: {', '.join(names)}.")
+        require(name in names, f"{name!r} is not a setting here, only {', '.join(names)}.")
         kind, words = type(vars(settings)[name]), WORDS.get(name)
         allowed = " or ".join(words) if words else f"{kind.__name__}, from {kind is int:d} to 1e6"
         try:
@@ -478,7 +478,7 @@ def configure(assignments, settings=Settings(), names=tuple(vars(Settings()))):
 def read_arm(name, settings):
     """"TABOM:margin=0.2" -> its line in ARMS, its settings; what stands in the name wins."""
     arm, _, own = name.partition(":")
-    require(arm in ARMS, f"{arm!r} is no arm; there are: {', '.join(ARMS)}.")
+    require(arm in ARMS, f"{arm!r} is not an arm, only {', '.join(ARMS)}.")
     names = ["learning_rate", "batch_size", "epochs", *ARMS[arm][2]] if ARMS[arm][1] else []
     return ARMS[arm], configure(own.split(",") if own else [], settings, names)
 
@@ -571,7 +571,7 @@ def fine_tune(name, base, kept, queries, settings, seed):
 # == 13. Answer, check, measure ====================================================================
 
 def solved(rows):
-    """Solved rows as Trajectories.  Nobody decoded them: their ranks count from the left."""
+    """Rows as Trajectories that nobody decoded: their ranks count from the left."""
     return from_steps(*toy.halves(rows), torch.where(toy.is_given(rows), -1, 0))
 
 def rows_of(trajectories):
@@ -624,32 +624,32 @@ def film(pick, base, tuned):
     """How two models, each (model, answers, right), wrote one of the answers that were judged."""
     only_tuned = tuned[-1] & ~base[-1]
     if not only_tuned.any():
-        return "There is no prompt that only TABOM has right."
+        return "There is no prompt that only TABOM gets right."
     forward = ((base[1].decode_rank - tuned[1].decode_rank) * toy.is_factor(pick)).sum(1)
     row = forward.where(only_tuned, -99).argmax()
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Of the prompts that only TABOM has right, that where its factor came forward most. "
-            "See when\nthe factor f is written, and what stands there already.\n"
+    return ("Of the prompts that only TABOM gets right, the one whose factor came forward most. "
+            "Watch when\nthe factor f is written, and what stands there already.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
     """All five steps with one seed -> {arm: figures}."""
     corpus, odds, problems = toy.split_problems(seed)
     parts, count = problems[settings.split], settings.test_problems
-    tests = {"pick": toy.first_of_each(parts["pick"], 2 * count // 5).to(device),
+    tests = {"pick": toy.first_of_each(parts["pick"], math.ceil(0.4 * count)).to(device),
              "mul": parts["mul"][:count].to(device), "add": parts["add"][:count].to(device)}
     run = {"seed": seed, "settings": vars(settings), "made by": made_by, "arms": {}}
     store(folder, f"seed-{seed}.json", run)
 
-    say(f"\nStep 1, seed {seed}: pretrain as usual: hide random tokens, predict them (Eq. 1).")
+    say(f"\nStep 1, seed {seed}: pretrain as usual (Eq. 1). nll is the cross-entropy in nats.")
     base = pretrain(corpus.to(device), odds, settings.pretrain_updates, seed)
     store(folder, f"seed-{seed}-base.pt", base.state_dict())
 
-    say("\nStep 2: why order matters. The base can solve pick, but its own order starts at the "
-        "wrong end.\n    Percent right, by order and by c, the number of digits to choose from; "
-        "and the gap:\n    by how many nats the factor looks less sure than what depends on it.")
+    say("\nStep 2: why order matters. In pick the model multiplies by a factor of its own choice.\n"
+        "    Percent right by order and c, the number of digits to choose from (2-5: mean). gap:\n"
+        "    entropy of the factor's surest digit less the lowest elsewhere, nats.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -660,7 +660,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
                    ["gap", *(f"{nats:.2f}" for nats in gap.values())]]))
     run |= {"orders": {name: right["2-5"] for name, right in by_c.items()}, "entropy gap": gap}
 
-    say("\nStep 3: collect, check, keep. The base answers queries; right answers are the data.")
+    say("\nStep 3: collect, check, keep. The base answers queries; its right answers are the data.")
     queries = problems["query"]["pick"].to(device)
     queries = queries[torch.arange(settings.queries, device=device) % len(queries)]
     rollouts, right = answer(base, queries, temperature=settings.temperature,
@@ -669,16 +669,16 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with the order in which it was written")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nStep 4: fine-tune a copy of the base for each arm, with equally many updates.\n"
-        "    nll: cross-entropy in nats. rank_loss: Eq. 8. pair_accuracy: share of the window's\n"
-        "    pairs whose entropies stand in the recorded order; by chance 0.5.")
+    say("\nStep 4: fine-tune a copy of the base for each arm. SFT learns given solutions (GT) or"
+        "\n    its own (SD); masking, in recorded order; TABOM also ranks; shuffled, by random ranks.\n"
+        "    rank_loss: Eq. 8. pair_accuracy: the share in the order of the ranks; by chance 0.5.")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
         figures, *judged[name] = evaluate(model, tests, seed)
         run["arms"][name] = {"settings": vars(read_arm(name, settings)[1]), **figures}
         store(folder, f"seed-{seed}.json", run)
-        say(f"    {name}: {figures['own order']:.1f} percent of pick in its own order")
+        say(f"    {name}: {figures['own order']:.1f} percent of pick right in its own order")
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
@@ -709,9 +709,9 @@ def demo(options):
     require(toy, "toy_data.py is missing; it belongs beside tabom.py.")
     settings = configure([*(QUICK if options.quick else ()), *options.set])
     wanted = [(name.partition(":")[0], read_arm(name, settings)[1]) for name in options.arms]
-    require(len(set(wanted)) == len(wanted), "--arms: one of them stands there twice.")
-    require(len(set(options.seeds)) == len(options.seeds), "--seeds: one stands there twice.")
-    require(all(0 <= seed < 10 ** 6 for seed in options.seeds), "a seed must be from 0 to 999999.")
+    require(len(set(wanted)) == len(wanted), "--arms names one arm twice.")
+    require(len(set(options.seeds)) == len(options.seeds) and 0 <= min(options.seeds)
+            and max(options.seeds) < 10 ** 6, "--seeds must be different numbers from 0 to 999999.")
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
@@ -719,7 +719,7 @@ def demo(options):
         raise ValueError(f"--device {options.device}: PyTorch finds no such device.") from None
     if options.out:
         options.out.mkdir(parents=True)          # a folder that exists is an error
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     made_by = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     say(f"TABOM on synthetic arithmetic: {made_by}")
     say("--quick trains far too little: the figures below mean nothing.\n" * options.quick, end="")
@@ -741,7 +741,7 @@ def main(arguments):
     add("--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help="rows of the table, each a "
         f"name or NAME:setting=value,..; default: {' '.join(DEFAULT_ARMS)}")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-        help="for all arms that have no other value in their name")
+        help="for every arm whose name does not set it")
     add("--out", type=Path, metavar="FOLDER", help="a new folder, for figures and weights")
     add("--device", help="cpu or cuda; default: cuda where there is one")
     try:
@@ -752,7 +752,7 @@ def main(arguments):
         print(f"tabom.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntabom.py: stopped; what --out has stored is complete.", file=sys.stderr)
+        print("\ntabom.py: stopped; what stands in --out is whole.", file=sys.stderr)
         return 130
     return 0
 

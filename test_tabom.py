@@ -918,7 +918,7 @@ def test_the_whole_demo_with_every_arm(tmp_path, capsys):
     assert run("--seeds", "3", "--out", str(folder), "--arms", *arms) == 0
     printed = capsys.readouterr().out
     assert printed.isascii() and all(printed.count(f"Step {k}") == 1 for k in range(1, 6))
-    assert "There is no prompt that only TABOM has right." in printed and "rank_loss" in printed
+    assert "There is no prompt that only TABOM gets right." in printed and "rank_loss" in printed
     assert all(f"\n    {name} " in printed for name in arms)
     assert sorted(path.name for path in folder.iterdir()) == [
         "seed-3-TABOM.pt", "seed-3-base.pt", "seed-3.json"]
@@ -957,22 +957,22 @@ def test_the_film_shows_the_prompt_on_which_the_factor_came_forward_most(monkeyp
     states = [entropy[0] for _, entropy in replay(Solver(), answers[2:3], mask_id=16)]
     lines = toy_data.draw_states(tabom.rows_of(answers)[2], answers.decode_rank[2], states)
     assert all(line in text for line in lines)
-    assert tabom.film(pick, tuned, base) == "There is no prompt that only TABOM has right."
+    assert tabom.film(pick, tuned, base) == "There is no prompt that only TABOM gets right."
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--set", "depth=3"], "'depth' is no setting here; there are: learning_rate"),
+    (["--set", "depth=3"], "'depth' is not a setting here, only learning_rate"),
     (["--set", "queries=two"], "queries must be int, from 1 to 1e6, not 'two'"),
     (["--set", "margin=nan"], "margin must be float, from 0 to 1e6, not 'nan'"),
     (["--set", "margin=-1"], "margin must be"), (["--set", "epochs=0"], "epochs must be int, from"),
     (["--set", "queries=" + 21 * "9"], "queries must be"), (["--set", "split=all"], "validation"),
     (["--set", "style=his"], "style must be other or own, not 'his'"),
-    (["--arms", "TABOM:queries=8"], "'queries' is no setting here; there are: learning_rate"),
-    (["--arms", "TABOM:style=own"], "'style' is no setting here"),
-    (["--arms", "masking:margin=1"], "'margin' is no setting here"),
-    (["--arms", "No-SFT:epochs=1"], "'epochs' is no setting here"),
-    (["--arms", "TABOM", "TABOM:margin=1"], "there twice"), (["--seeds", "1", "1"], "there twice"),
-    (["--arms", "DPO"], "'DPO' is no arm; there are: No-SFT"), (["--device", "tpu9"], "no such"),
-    (["--seeds", "1000000"], "a seed must be"), (["--seeds", "-1"], "a seed must be"),
+    (["--arms", "TABOM:queries=8"], "'queries' is not a setting here, only learning_rate"),
+    (["--arms", "TABOM:style=own"], "'style' is not a setting here"),
+    (["--arms", "masking:margin=1"], "'margin' is not a setting here"),
+    (["--arms", "No-SFT:epochs=1"], "'epochs' is not a setting here"),
+    (["--arms", "TABOM", "TABOM:margin=1"], "arm twice"), (["--seeds", "1", "1"], "be different"),
+    (["--arms", "DPO"], "'DPO' is not an arm, only No-SFT"), (["--device", "tpu9"], "no such"),
+    (["--seeds", "1000000"], "must be different"), (["--seeds", "-1"], "must be different"),
     (["--out", str(PROJECT)], "exists"), (["--out", "/proc/no/folder"], "/proc/no"),
 ])
 def test_a_mistake_is_one_sentence_and_exit_code_2_before_any_work(arguments, says, capsys,

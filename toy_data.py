@@ -124,8 +124,8 @@ def split_problems(seed):
     {"query": {domain: ..}, "validation": {domain: ..}, "test": {domain: ..}}.
 
     A prompt of pick is in one part only.  One pair of numbers in ten, in both orders, is in no part
-    of the corpus, multiplied or added, not even inside pick: from these are the problems of mul and
-    add."""
+    of the corpus, multiplied or added, not even inside pick: these are the problems of mul and add.
+    What an arm learns for the queries of pick may contain their products."""
     generator = torch.Generator().manual_seed(seed)
     pair_draw = torch.rand(100, 100, generator=generator)                # [smaller, larger]
     prompt_draw = torch.rand(100, 10, 10, generator=generator)           # [first, low, high]
@@ -204,12 +204,12 @@ def table(lines):
 
 FIGURES = {                         # what is measured of a model, and what it tells
     "own order": "percent of pick right if the model chooses what to write next; greedy tokens",
-    "sampled": "the same with tokens sampled at temperature 1",
+    "sampled": "the same of 16 answers to each of 80 prompts, with tokens sampled at temperature 1",
     "best order": "percent of pick right if it is told the order: has it kept its skill?",
     "best order, sampled": "the same with sampled tokens",
     "mul": "percent right of another domain: has it forgotten?",
     "add": "the same of a third domain",
-    "pass@16": "percent of prompts of which one of 16 samples, in its own order, is right",
+    "pass@16": "percent of these 80 prompts with a right answer among the 16",
     "right factors": "different right factors in these 16: is the choice as wide as before?",
     "TDS": "how far apart the entropies of a state are, in nats squared (Eq. 11)",
 }
