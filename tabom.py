@@ -670,7 +670,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
     say("\nStep 4: fine-tune a copy of the base for each arm. SFT learns given solutions (GT) or"
-        "\n    its own (SD); masking, in recorded order; TABOM also ranks; shuffled, by random ranks.\n"
+        "\n    its own (SD); masking, in recorded order; TABOM also ranks; shuffled, at random.\n"
         "    rank_loss: Eq. 8. pair_accuracy: the share in the order of the ranks; by chance 0.5.")
     judged = {}
     for name in arms:
