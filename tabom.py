@@ -239,7 +239,7 @@ def pairwise_rank_loss(entropy, decode_rank, window, margin):
     require(entropy.shape == decode_rank.shape == window.shape and window.dtype == torch.bool
             and len(entropy) > 0, "entropy, decode_rank and a bool window must be (B, N), B > 0.")
     require_amount("margin", margin)
-    front = decode_rank.masked_fill(~window, window.shape[1]).argsort(1)[:, :window.sum(1).max()]
+    front = decode_rank.masked_fill(~window, 2 ** 62).argsort(1)[:, :window.sum(1).max()]
     h, rank, inside = (x.gather(1, front) for x in (entropy, decode_rank, window))     # (B, W)
     pairs = inside[:, :, None] & inside[:, None, :]                      # (B, W, W)
     pairs &= rank[:, :, None] < rank[:, None, :]                         # pairs[b, earlier, later]
@@ -334,7 +334,7 @@ def check_decoding(mask_id, response_length, tokens_per_step, block_length, temp
     require_size("block_length", block_length)
     float32 = torch.finfo(torch.float32)
     require(temperature == 0 or float32.tiny <= temperature <= float32.max,
-            f"temperature must be 0, or a positive float32 number, not {temperature}.")
+            f"temperature must be 0, or from 1.2e-38 to 3.4e38 (float32), not {temperature}.")
 
 # ==== The method ends here.  Below: a score, rivals, and a demo on synthetic arithmetic ===========
 import argparse

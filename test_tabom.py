@@ -413,7 +413,7 @@ def test_only_what_is_masked_is_written_and_nothing_is_shared():
     *((name, SIZES[:7 - (name == "block_length")], name + OF_SIZE)
       for name in ("tokens_per_step", "block_length", "response_length")),
     ("mask_id", [4.5, -1, None, 2 ** 31], OF_MASK_ID), ("prompt", [P[:1] * 0 + MASK], "the prompt"),
-    ("temperature", [-1, -1e-9, INF, NAN, 1e-46, 1e39], "temperature must be 0, or a positive"),
+    ("temperature", [-1, -1e-9, INF, NAN, 1e-46, 1e39], "temperature must be 0, or from 1.2e-38"),
     ("prompt", [torch.zeros(1, L), P[:1].int(), P[0]], "be int64"),
     ("given", [R[:2], R[:1, 1:], R[0], R[:1] + 0.5, R[:1].int()], "\\(or given\\).* be int64")])
 def test_decode_refuses_what_is_wrong_before_a_forward_pass(name, values, message):
