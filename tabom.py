@@ -51,11 +51,10 @@ class Trajectories:
     decode_rank: Tensor
 
     def __post_init__(self):
-        fields = list(vars(self).values())
-        prompt, response, rank = (tuple(field.shape) for field in fields)
+        prompt, response, rank = (tuple(field.shape) for field in vars(self).values())
         require(len(prompt) == len(response) == 2 and prompt[0] == response[0] and rank == response
-                and all(field.dtype == torch.int64 for field in fields), "prompt (B, L), response "
-                f"(or given) and decode_rank (B, N) must be int64: {prompt}, {response}, {rank}.")
+                and all(x.dtype == torch.int64 for x in vars(self).values()), "prompt (B, L), "
+                f"response (or given), rank (B, N) must be int64: {prompt}, {response}, {rank}.")
         place = torch.arange(rank[1], device=self.response.device) - rank[1]           # -N .. -1
         sorted_rank = (place + self.n_decoded[:, None]).clamp(min=-1)
         require(self.decode_rank.sort(1).values.equal(sorted_rank),
@@ -103,9 +102,8 @@ def cut(decode_rank, n_visible, window_size=1):
     n_visible = torch.as_tensor(n_visible, device=decode_rank.device)
     require(n_visible.shape in ((), (len(decode_rank),)) and not n_visible.is_floating_point()
             and (n_visible >= 0).all(), "n_visible must be a whole number, or one for each row.")
-    n_visible = n_visible.view(-1, 1)                                    # (B, 1) or (1, 1)
-    masked = decode_rank >= n_visible            # not where the rank is -1
-    return masked, masked & (decode_rank - n_visible < window_size)
+    masked = decode_rank >= n_visible.view(-1, 1)                        # not where the rank is -1
+    return masked, masked & (decode_rank - n_visible.view(-1, 1) < window_size)
 
 def draw_below(limit, generator):
     """(B,) limits -> (B,) int64, each uniform on 0 .. limit-1, and stratified over the rows, which
@@ -165,8 +163,7 @@ def predictive_entropy(logits):
     return entropy_of(logits.log_softmax(-1, dtype=torch.float32))
 
 # == 3. Decode from easy to hard, and remember the order (Eq. 2, Def. 1) ===========================
-# Start fully masked; at each step ask the model about every masked position and write the surest.
-# Noting the step of each position is all it takes to record a trajectory.
+# Start fully masked; at each step ask about every masked position, write the surest, note the step.
 
 def by_entropy(logits, tokens, candidates):
     """An order is a function that says how hard each candidate is; the easiest is written first.
@@ -256,10 +253,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size in tokens (paper: 32 of 256); margin in nats (0.2); rank_weight (1); n_visible (B,):
-    where to cut, by default drawn from 0 .. n-1 (after `decode` with k tokens per step, pass
-    multiples of k: the states that it visited)."""
-    require_amount("margin", margin)
-    require_amount("rank_weight", rank_weight)
+    where to cut, 0 .. n-1, by default drawn (with several tokens per step pass starts of steps)."""
+    check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
     masked, window = cut(trajectories.decode_rank, n_visible, window_size)
@@ -297,6 +292,7 @@ def post_train(model, prompts, is_right, optimizer, *, response_length, mask_id,
                epochs, batch_size, generator=None, **settings):
     """Train a pretrained model on its own right answers to prompts (B, L) -> metrics per update.
     is_right(rollouts) -> (B,) bool is your checker; settings: of `tabom_loss`; network.eval()."""
+    check_loss(**settings)                       # before all the decoding
     rollouts = Trajectories.cat(
         decode(model, some, response_length, mask_id=mask_id, temperature=temperature,
                generator=generator) for some in prompts.split(batch_size))
@@ -314,8 +310,7 @@ def post_train(model, prompts, is_right, optimizer, *, response_length, mask_id,
             history.append(metrics)
     return history
 
-# Input checks, part of what you copy: each raises ValueError with a sentence.
-def require(fact, message):
+def require(fact, message):                      # the input checks, part of what you copy
     if not fact:
         raise ValueError(message)
 
@@ -326,6 +321,11 @@ def require_size(name, value, lowest=1):
 
 def require_amount(name, value):
     require(0 <= value < torch.inf, f"{name} must be 0 or more and finite, not {value}.")
+
+def check_loss(window_size, margin, rank_weight):
+    require_size("window_size", window_size)
+    require_amount("margin", margin)
+    require_amount("rank_weight", rank_weight)
 
 def check_decoding(mask_id, response_length, tokens_per_step, block_length, temperature):
     require_size("mask_id", mask_id, lowest=0)

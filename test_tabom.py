@@ -168,8 +168,6 @@ def test_trajectories_are_indexed_joined_thinned_and_made_from_steps():
     for row in range(6):
         assert by_rank(part, row) == [i for i in by_rank(DATA, row) if keep[row, i]]
     assert part.response is R and DATA.n_decoded.tolist() == [6, 5, 3, 6, 5, 3]
-    with pytest.raises(AttributeError, match="cannot assign"):
-        DATA.prompt = R
     steps = torch.tensor([[2, 0, 0, 100], [127, -1, 127, 0], [2, 0, -1, 0]])
     entropy = torch.tensor([[0.5, 9, 2, 0], [5, 0, 4, 9], [.3, .9, .1, .4]])
     for step, h, ranks in ((steps, None, [[2, 0, 1, 3], [1, -1, 2, 0], [2, 0, -1, 1]]),
@@ -484,6 +482,8 @@ def test_post_train_collects_checks_keeps_and_trains(monkeypatch):
     assert last > first + 0.05 and torch.equal(torch.get_rng_state(), before)
     for wrong in (torch.zeros(25).bool(), torch.ones(25)):
         refuses("is_right must be bool, and accept some", run, wrong)
+    own["margin"] = tried.clear() or NAN         # found before anything is decoded
+    assert refuses("margin must be 0 or more", run, right) is None and tried == []
 
 # ==== In other people's projects: foreign models, padding, half precision, memory =================
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -652,7 +652,6 @@ def test_the_lines_of_the_docstring_are_solutions():
     tokens = rows(*SOLVED)
     again = toy_data.solve(tokens[:, :6], toy_data.read_factor(tokens))
     assert again.equal(tokens) and toy_data.is_correct(tokens).all()
-    assert toy_data.solve(tokens, torch.tensor([85] * 5)).equal(tokens)
     for text in SOLVED[:3]:
         assert all(part in toy_data.__doc__ for part in text.split()[1:])
     hidden = toy_data.hide(tokens)
@@ -660,7 +659,7 @@ def test_the_lines_of_the_docstring_are_solutions():
         "47x58a____________", "47x..a____85______", "47+..a____85______", "47x58b____________"]
     assert toy_data.is_given(tokens)[1].tolist() == [False] * 4 + [True] * 2 + [False] * 6
     other = toy_data.solve(tokens[:1, :6], torch.tensor([85]), "other")
-    assert other.equal(rows("47x58a 3995 85 376 235")) and toy_data.is_correct(other).all()
+    assert other.equal(rows("47x58a 3995 85 376 235"))
 
 def test_the_checker_agrees_with_plain_python_on_right_and_spoiled_rows():
     corpus, _, _ = toy_data.split_problems(3)
@@ -678,7 +677,6 @@ def test_the_checker_agrees_with_plain_python_on_right_and_spoiled_rows():
     assert 0 < toy_data.is_correct(outside).float().mean() < 1
 
 def test_layouts_and_the_best_order():
-    """Factor, then working, then answer, each number from its last digit, in every layout."""
     for text in (SOLVED[0], SOLVED[3], SOLVED[4]):
         row, names = rows(text), FIELDS[text[5]].replace(" ", "")
         assert toy_data.read_factor(row).item() == 85
@@ -715,6 +713,8 @@ def test_who_learns_what():
     assert {part: len(some) / 2700 for part, some in prompts.items()} == pytest.approx(
         {"corpus": 0.4, "query": 0.3 * 22 / 30, "validation": 0.1, "test": 0.2}, abs=0.03)
     assert toy_data.n_choices(problems["query"]["pick"]).unique().tolist() == [2, 3, 4, 5]
+    assert len({min(pair) for pair in pairs["test", "mul"]}) > 50
+    assert len(frozenset().union(*pairs["corpus", ""])) == 90
     c, is_add = toy_data.n_choices(corpus), corpus[:, 2] == toy_data.token("+")
     for share, here in [(0.70, (c == 0) & ~is_add), (0.12, is_add),
                         *((0.18 / 5, c == choices) for choices in range(1, 6))]:
@@ -795,7 +795,7 @@ def tiny_tests(n=3):
             "add": tests["add"][:n]}
 
 def test_every_figure_of_a_model_that_is_known_by_heart(monkeypatch):
-    asked, answer, tests = [], tabom.answer, tiny_tests()
+    asked, answer, tests = [], tabom.answer, tiny_tests(21)
     monkeypatch.setattr(tabom, "answer", lambda *x, **own: asked.append((len(x[1]), own)) or
                         answer(*x, **own))
     found, model, answers, right = tabom.evaluate(Solver(), tests, 5)
@@ -808,7 +808,7 @@ def test_every_figure_of_a_model_that_is_known_by_heart(monkeypatch):
     states = replay(model, answers[::4], mask_id=toy_data.MASK_ID)
     assert found["TDS"] == pytest.approx(discrimination_score(states).item())
     (_, first), (n_samples, sampled), (_, best), (_, both), *others = asked
-    assert first == {} and best == {"order": toy_data.best_order} and n_samples == 12 * 16
+    assert first == {} and best == {"order": toy_data.best_order} and n_samples == 80 * 16
     assert sampled["temperature"] == both["temperature"] == 1 and "order" in both
     assert [one for _, one in others] == [{}, {}]
     draws = [torch.rand(3, generator=one["generator"]) for one in (sampled, both)]
@@ -881,7 +881,7 @@ def test_training_warms_up_decays_clips_and_is_paired_by_the_seed(capsys):
         seen.append((len(batch), torch.rand(1, generator=generator).item()))
         return (50 * model.weight).sum(), {"some_name": torch.tensor(float(len(seen)))}
     for seed in (5, 5, 6):
-        model = nn.Linear(1, 1, bias=False)
+        model = nn.Linear(1, 1, bias=False).eval()
         tabom.train(model, data, torch.zeros(100, 2, dtype=torch.int64), loss_fn,
                     [Watch(model.parameters(), lr=1.0)], lambda x: 1 - x, seed, "here")
         assert not model.training
@@ -899,7 +899,8 @@ def test_pretraining_learns_and_depends_on_the_seed_alone():
     assert not one.head.weight.equal(other.head.weight) and not one.training
     torch.manual_seed(1)
     fresh = tabom.Denoiser(len(toy_data.VOCABULARY), 18)
-    assert all(not now.equal(before) for now, before in zip(one.parameters(), fresh.parameters()))
+    assert all(now.shape == before.shape and not now.equal(before) for now, before in zip(
+        one.parameters(), fresh.parameters()))
     losses = [nelbo_loss(model, tabom.solved(corpus[::200]), mask_id=toy_data.MASK_ID,
                          generator=seeded())[0] for model in (fresh, one)]
     assert losses[1] < losses[0] - 0.3
@@ -1000,7 +1001,6 @@ def test_flags_that_make_no_sense_and_help(capsys):
     assert (settings.epochs, settings.margin, settings.keep) == (1, 0.5, "all")
 
 def test_what_was_finished_when_a_run_was_interrupted_is_on_disk(tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the second arm; then a disk that is full while figures are written."""
     fine_tune, folder = tabom.fine_tune, tmp_path / "out"
     def stop(name, *arguments):
         if name == "TABOM":
