@@ -572,7 +572,7 @@ def fine_tune(name, base, kept, queries, settings, seed):
 
 def solved(rows):
     """Rows as Trajectories that nobody decoded: their ranks count from the left."""
-    return from_steps(*toy.halves(rows), torch.where(toy.is_given(rows), -1, 0))
+    return from_steps(*toy.prompt_and_response(rows), torch.where(toy.is_given(rows), -1, 0))
 
 def rows_of(trajectories):
     return torch.cat([trajectories.prompt, trajectories.response], 1)
@@ -581,7 +581,7 @@ def answer(model, problems, **settings):
     """Decode problems (n, L+N) -> Trajectories, right (n,) bool.  Settings as in `decode`."""
     answers = Trajectories.cat([
         decode(model, prompt, given.shape[1], mask_id=toy.MASK_ID, given=given, **settings)
-        for prompt, given in map(toy.halves, problems.split(1000))])
+        for prompt, given in map(toy.prompt_and_response, problems.split(1000))])
     return answers, toy.is_correct(rows_of(answers))
 
 def evaluate(model, tests, seed):
@@ -596,12 +596,12 @@ def evaluate(model, tests, seed):
     some = toy.first_of_each(choosing, 20).repeat_interleave(16, 0)
     answers, right = answer(model, pick)
     samples, sampled = answer(model, some, **sampling())
-    told, told_sampled = (answer(model, choosing, order=toy.best_order, **temperature)[1]
+    best, best_sampled = (answer(model, choosing, order=toy.best_order, **temperature)[1]
                           for temperature in ({}, sampling()))
     by_c = toy.by_choices(pick, right)
     states = replay(model, answers[::4], mask_id=toy.MASK_ID)
     return {"own order": by_c.pop("2-5"), "sampled": percent(sampled),
-            "best order": percent(told), "best order, sampled": percent(told_sampled),
+            "best order": percent(best), "best order, sampled": percent(best_sampled),
             **{domain: percent(answer(model, tests[domain])[1]) for domain in ("mul", "add")},
             "pass@16": percent(sampled.view(-1, 16).any(1)),
             "right factors": toy.distinct_right_factors(rows_of(samples), sampled, 16),

@@ -90,7 +90,7 @@ def is_given(rows):
     """(n, 12) bool: the response positions that are visible from the start."""
     return is_factor(rows) & (n_choices(rows) == 0)[:, None]
 
-def halves(rows):
+def prompt_and_response(rows):
     """Rows (n, 18) -> prompt (n, 6), response (n, 12)."""
     return rows.split([PROMPT_LENGTH, RESPONSE_LENGTH], 1)
 
@@ -236,5 +236,5 @@ def side_by_side(prompt, base, tuned):
     lines = [f"{first} {sign} (digits {low} to {high}), layout {layout}; p is the product, u and t "
              "are the rows of units and tens.\n[ ] was just written; hidden positions go from sure "
              "to unsure: . : + # @\n", 12 * " " + "base".center(36) + "   |" + "TABOM".center(40)]
-    lines += [f"    {label:8}{one}   |  {other}" for label, one, other in zip(labels, base, tuned)]
+    lines += [f"    {name:8}{left}   |  {right}" for name, left, right in zip(labels, base, tuned)]
     return "\n".join(lines)
