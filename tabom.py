@@ -3,7 +3,7 @@
 
 Such a model fills in a response of which some tokens are hidden, [MASK].  To answer, it starts from
 [MASK] alone and writes one token after the other, easy ones first.  But it is trained on responses
-with *random* tokens hidden, so it learns other half-written responses (states) than it will meet.
+with *random* tokens hidden: half-written responses (*states*) that decoding will rarely meet.
 TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv 2605.11854; this file is
 unofficial) trains on the states that the model itself passed through on its way to right answers:
 
@@ -16,14 +16,14 @@ unofficial) trains on the states that the model itself passed through on its way
 A *trajectory* is an answer with the rank of each position: when it was written.  A *cut* shows what
 was written first and hides the rest; the *window* is the next W tokens.  Training as usual cuts a
 random order and learns all that it hides; *trajectory masking*, step 4 alone, cuts the recorded
-order and learns the window; TABOM also ranks what comes next.
+order and learns the window; TABOM does that, and also ranks what comes next, the window.
 
     python tabom.py --demo            all of it on arithmetic, beside other ways of training
     python tabom.py --demo --quick    the same chain in a minute, only to see that it runs
 
 A model is any callable from tokens (B, L+N) to logits (B, L+N, V) that sees both sides of a token
 (no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary, D
-width, K positions in all rows together, where a boolean (B, N) is True.  Entropies are in nats.
+width, K the number of True in a boolean (B, N), all rows together.  Entropies are in nats.
 """
 # ==== The method begins here: copy sections 1-7.  They need nothing but torch and your model. =====
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ def draw_below(limit, generator):
     require((limit > 0).all(), "in some row nothing was decoded: use data[data.n_decoded > 0].")
     part = torch.randperm(len(limit), generator=generator, device=limit.device)
     within = torch.rand(len(limit), generator=generator, device=limit.device, dtype=torch.float32)
-    return ((part + within) / len(limit) * limit).long().minimum(limit - 1)    # if rounded
+    return ((part + within) / len(limit) * limit).long().minimum(limit - 1)    # rounding
 
 def scatter(values, chosen, elsewhere=0.0):
     """(K,) values of the chosen (B, N) positions -> (B, N)."""
@@ -222,17 +222,17 @@ def pick_tokens(logits, temperature, generator):
 # == 4. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: ideally a state, a set of written tokens, has a probability proportional to
 # exp(-beta * E), E the sum of the entropies that its tokens had just before their writing.  Write r
-# or s next: the normaliser cancels, the two states have the ratio exp(-beta (h(r) - h(s))).  If r
-# was written first it should exceed 1: h(r) < h(s) (Lemma 1).  We ask for a gap of gamma nats, into
-# which beta goes.  Circular?  No: at a cut only the next token is the surest by construction; later
-# ones were chosen in later states, on the way to a right answer: to foresee that is the lesson.
+# or s next: in the ratio of the two, exp(-beta (h(r) - h(s))), the normaliser cancels.  If r was
+# written first the ratio should exceed 1: h(r) < h(s) (Lemma 1).  We ask for a gap of gamma nats,
+# into which beta goes.  Circular, as entropy set the order?  No: only the next token is the surest
+# at a cut by construction.  Later ones were chosen in later states: to foresee that is the lesson.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
     h = entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma) nats.
     A pair (r, s) has r written before s; a row without a pair counts 0.  Returns loss and
     pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
-    A step down lowers h(r) and raises h(s) of each pair that is not yet a margin apart."""
+    A gradient step lowers h(r) and raises h(s) of each pair that is not yet a margin apart."""
     require(entropy.shape == decode_rank.shape == window.shape and window.dtype == torch.bool
             and len(entropy) > 0, "entropy, decode_rank and a bool window must be (B, N), B > 0.")
     require_amount("margin", margin)
@@ -253,7 +253,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size in tokens (paper: 32 of 256); margin in nats (0.2); rank_weight (1); n_visible (B,):
-    where to cut, 0 .. n-1, by default drawn (with several tokens per step pass starts of steps)."""
+    where to cut, 0 .. n-1; by default drawn (if steps wrote several tokens, cut between steps)."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -291,7 +291,7 @@ def shuffled(decode_rank, generator=None):
 def post_train(model, prompts, is_right, optimizer, *, response_length, mask_id, temperature,
                epochs, batch_size, generator=None, **settings):
     """Train a pretrained model on its own right answers to prompts (B, L) -> metrics per update.
-    is_right(rollouts) -> (B,) bool is your checker; settings: of `tabom_loss`; network.eval()."""
+    is_right(rollouts) -> (B,) bool: your checker; settings: for tabom_loss; call network.eval()."""
     check_loss(**settings)                       # before all the decoding
     rollouts = Trajectories.cat(
         decode(model, some, response_length, mask_id=mask_id, temperature=temperature,
