@@ -267,13 +267,11 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                   "pair_accuracy": pair_accuracy}
 
 # == 6. Training as usual (Eq. 1) ==================================================================
-# Pretraining: cut a random order, and learn every hidden token.  So it trains on all states, while
-# decoding visits only a few of them, from easy to hard.
+# Pretraining: cut a random order, learn all that is hidden.  It sees all states, decoding only few.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
-    """Eq. 1, the negative evidence lower bound: hide 1 .. n positions of a row, each number equally
-    likely, and take the mean of -log p over them, then over rows.  The order is not used: for
-    plain text `from_steps(prompt, response, torch.zeros_like(response))` will do."""
+    """Eq. 1, the negative evidence lower bound: the mean of -log p over the hidden positions of a
+    row, 1 .. n equally often, then over rows.  Plain text: steps of 0 in `from_steps`."""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
     log_p = predict(model, trajectories, masked, masked, mask_id)        # (K, V)
@@ -292,7 +290,9 @@ def post_train(model, prompts, is_right, optimizer, *, response_length, mask_id,
                epochs, batch_size, generator=None, **settings):
     """Train a pretrained model on its own right answers to prompts (B, L) -> metrics per update.
     is_right(rollouts) -> (B,) bool: your checker; settings: for tabom_loss; call network.eval()."""
-    check_loss(**settings)                       # before all the decoding
+    require_size("epochs", epochs)               # all is checked before anything is decoded
+    require_size("batch_size", batch_size)
+    check_loss(**settings)
     rollouts = Trajectories.cat(
         decode(model, some, response_length, mask_id=mask_id, temperature=temperature,
                generator=generator) for some in prompts.split(batch_size))

@@ -483,7 +483,10 @@ def test_post_train_collects_checks_keeps_and_trains(monkeypatch):
     for wrong in (torch.zeros(25).bool(), torch.ones(25)):
         refuses("is_right must be bool, and accept some", run, wrong)
     own["margin"] = tried.clear() or NAN         # found before anything is decoded
-    assert refuses("margin must be 0 or more", run, right) is None and tried == []
+    refuses("margin must be 0 or more", run, right)
+    refuses("batch_size must", post_train, 0, 0, 0, 0, response_length=N, mask_id=5, temperature=1,
+            epochs=1, batch_size=0, **own)
+    assert tried == []
 
 # ==== In other people's projects: foreign models, padding, half precision, memory =================
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -652,8 +655,7 @@ def test_the_lines_of_the_docstring_are_solutions():
     tokens = rows(*SOLVED)
     again = toy_data.solve(tokens[:, :6], toy_data.read_factor(tokens))
     assert again.equal(tokens) and toy_data.is_correct(tokens).all()
-    for text in SOLVED[:3]:
-        assert all(part in toy_data.__doc__ for part in text.split()[1:])
+    assert all(part in toy_data.__doc__ for text in SOLVED[:3] for part in text.split()[1:])
     hidden = toy_data.hide(tokens)
     assert [toy_data.to_text(row) for row in hidden[:4]] == [
         "47x58a____________", "47x..a____85______", "47+..a____85______", "47x58b____________"]
@@ -774,8 +776,7 @@ def test_tables_and_pictures():
 
 # ==== The demo: training, answering, evaluating ===================================================
 class Solver(nn.Module):
-    """Knows every solution.  Writes the lowest allowed factor, or what stands there, surest first
-    from the left; is wrong in add."""
+    """Knows all but add.  Writes the lowest factor, or what stands there, surest from the left."""
     def __init__(self):
         super().__init__()
         self.weight, self.calls = nn.Parameter(torch.zeros(1)), []
@@ -791,8 +792,8 @@ class Solver(nn.Module):
 
 def tiny_tests(n=3):
     tests = toy_data.split_problems(0)[2]["test"]
-    return {"pick": toy_data.first_of_each(tests["pick"], n), "mul": tests["mul"][:n],
-            "add": tests["add"][:n]}
+    return {**{domain: some[:n] for domain, some in tests.items()},
+            "pick": toy_data.first_of_each(tests["pick"], n)}
 
 def test_every_figure_of_a_model_that_is_known_by_heart(monkeypatch):
     asked, answer, tests = [], tabom.answer, tiny_tests(21)
@@ -997,8 +998,7 @@ def test_flags_that_make_no_sense_and_help(capsys):
         tabom.main([])
     page = capsys.readouterr().out
     assert all(name in page for name in (*tabom.ARMS, *vars(tabom.Settings()), "(paper: 0.1 to"))
-    settings = tabom.configure([*tabom.QUICK, "margin=0.5"])
-    assert (settings.epochs, settings.margin, settings.keep) == (1, 0.5, "all")
+    assert vars(tabom.configure([*tabom.QUICK, "margin=0.5"])).items() >= {("margin", 0.5)}
 
 def test_what_was_finished_when_a_run_was_interrupted_is_on_disk(tmp_path, capsys, monkeypatch):
     fine_tune, folder = tabom.fine_tune, tmp_path / "out"
