@@ -272,14 +272,6 @@ def test_no_ban_and_no_scale_makes_a_gradient_nan(name, settings, dtype, toleran
         for bad[0, last, data.response[0, last]] in (NAN, INF, -INF):    # where it does count
             refuses("count are nan or \\+inf, or ban", call, name, Scripted(bad), data, seed, **own)
 
-@every_loss
-def test_left_out_positions_stay_visible_unless_they_are_masked_first(name):
-    """`only` trains and ranks less, and shows the same; with masked_fill first it shows less."""
-    for response, shown in ((R, R[:, 5]), (R.masked_fill(torch.arange(N) == 5, MASK), MASK)):
-        part = Trajectories(P, response, K).only((torch.arange(N) < 5).expand(6, N))
-        call(name, model := TinyModel(), part)
-        assert (model.seen[0][:, -1] == shown).all() and (part.decode_rank[:, 5] == -1).all()
-
 EMPTY = DATA.only((torch.arange(6) != 4)[:, None].expand(6, N))      # row 4: nothing was decoded
 @pytest.mark.parametrize("name, setting, values, message", [
     *((name, *case) for name in LOSSES for case in (
@@ -429,8 +421,6 @@ def test_nan_stops_the_decoder_only_where_it_may_write(order):
     def run(model, order=order, block_length=2):
         return decode(model, P, N, mask_id=MASK, order=order, block_length=block_length)
     assert same(run(poisoned), run(TinyModel()))
-    equal = decode(Scripted(torch.zeros(40, V)), P, 40, mask_id=5, order=order, tokens_per_step=3)
-    assert equal.decode_rank.tolist() == [[*range(40)]] * 6              # leftmost first
     for place, wrong in itertools.product((0, 3), (NAN, INF)):
         table = torch.zeros(6, N, V)
         table[1, place, 1] = wrong
@@ -474,7 +464,6 @@ def test_post_train_collects_checks_keeps_and_trains(monkeypatch):
     history, kept = run(right), tried[0][right]
     assert not same(tried[0], decode(TinyModel(), queries, N, mask_id=MASK))         # sampled
     assert tried[0].prompt.equal(queries) and len(history) == len(updates) == 8 * 4
-    assert [len(tokens) for tokens in model.seen[:7 * N]] == [4] * 6 * N + [1] * N
     epochs = [Trajectories.cat(rows for rows, _ in updates[i:][:4]) for i in range(0, 32, 4)]
     assert all(same(one[(one.prompt @ torch.tensor([V, 1])).argsort()], kept) for one in epochs)
     assert len({tuple(one.prompt.flatten().tolist()) for one in epochs}) == 8        # shuffled
@@ -484,8 +473,6 @@ def test_post_train_collects_checks_keeps_and_trains(monkeypatch):
         refuses("is_right must be bool, and accept some", run, wrong)
     own["margin"] = tried.clear() or NAN         # found before anything is decoded
     refuses("margin must be 0 or more", run, right)
-    refuses("batch_size must", post_train, 0, 0, 0, 0, response_length=N, mask_id=5, temperature=1,
-            epochs=1, batch_size=0, **own)
     assert tried == []
 
 # ==== In other people's projects: foreign models, padding, half precision, memory =================
@@ -526,33 +513,55 @@ def test_the_core_is_one_block_that_works_alone():
     assert core["tabom_loss"](TinyModel(), decoded, **settings)[0] == tabom_loss(
         TinyModel(), decoded, **settings)[0]
 
-def test_left_padded_prompts_decode_and_train_like_their_rows_alone():
-    """Padding is attended to by nobody; it is the end token, too, which responses contain."""
-    def model(tokens, network=TinyModel()):
-        logits = torch.zeros(*tokens.shape, V)
-        for row, real in enumerate((tokens != 1).cumsum(1) > 0):
-            logits[row, real] = network(tokens[row, real][None])[0]
-        return logits
-    alone = [decode(model, torch.tensor([x]), N, mask_id=MASK) for x in ([2], [3, 0], [4, 4, 0, 3])]
-    batch = Trajectories.cat(Trajectories(nn.functional.pad(x.prompt, (4 - x.prompt.shape[1], 0),
-                                          value=1), x.response, x.decode_rank) for x in alone)
-    assert same(decode(model, batch.prompt, N, mask_id=MASK), batch) and (batch.response == 1).any()
-    apart = mean(call("tabom", model, x, n_visible=i + 2)[0] for i, x in enumerate(alone))
-    assert close(call("tabom", model, batch, n_visible=torch.tensor([2, 3, 4]))[0], apart)
+def examples():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+
+@pytest.mark.parametrize("fault", [None, "ignored", "causal", "added"])
+def test_the_padding_check_of_the_readme_finds_a_spoiled_mask(fault):
+    """In some public models a mask is ignored, turns attention causal, is added to the scores."""
+    x, y, q, k = random(4, 16, 16)
+    def model(tokens):                           # padding is 1, and the end token, too
+        real, at = (tokens != 1).cumsum(1) > 0, torch.arange(tokens.shape[1])
+        h, seen = x[tokens] + y[-len(at):], real[:, None].expand(-1, len(at), -1)
+        if fault == "causal" and not real.all():
+            seen = seen & (at[:, None] >= at)
+        scores = h @ q @ k.T @ h.mT / 32
+        scores = scores + seen if fault == "added" else scores.masked_fill(
+            ~seen & (fault != "ignored"), -1e9)
+        return (scores.softmax(-1) @ h)[..., :V]
+    prompts = [torch.tensor(x) for x in ([2], [3, 0], [4, 4, 0, 3])]
+    rows = nn.utils.rnn.pad_sequence(prompts, True, 1, padding_side="left")
+    check, = (text for text in examples() if "padding is seen" in text)
+    names = {**globals(), "model": model, "prompts": prompts, "rows": rows}
+    if fault:
+        pytest.raises(AssertionError, exec, check, names).match("padding is seen")
+        return
+    exec(check, names)                           # and the losses are the same
+    apart = mean(call("tabom", model, x, n_visible=i)[0] for i, x in enumerate(names["alone"]))
+    loss, _ = call("tabom", model, names["padded"], n_visible=torch.arange(3))
+    assert close(loss, apart) and 1 in names["padded"].response
+
+def test_ranks_mean_certainty_if_tokens_are_truncated_where_they_are_picked(monkeypatch):
+    """The surest position is the last.  Truncation in the model leaves entropies of 0: leftmost."""
+    names, table = {"torch": torch}, torch.tensor([[5.0], [6], [7], [8]]) * torch.eye(4, 5)[0]
+    exec(next(text for text in examples() if "top_p" in text), names)
+    monkeypatch.setattr(tabom, "pick_tokens", names["pick_tokens"])
+    for logits, ranks in ((table.where(table > 0, -INF), [0, 1, 2, 3]), (table, [3, 2, 1, 0])):
+        got = decode(Scripted(logits), P, 4, mask_id=5, temperature=0.1)
+        assert got.decode_rank.tolist() == [ranks] * 6 and not got.response.any()
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log().expand(1000, 4)
+    assert fit(tabom.pick_tokens(logits, 1.0, seeded(), 0.9).tolist(), [1, 2, 3],
+               [x / 0.95 for x in (0.5, 0.15, 0.3)])
 
 @pytest.mark.parametrize("context", [torch.float64, torch.bfloat16, "meta"])
-@pytest.mark.parametrize("name", [*LOSSES, "decode", "post_train"])
+@pytest.mark.parametrize("name", [*LOSSES, "decode"])
 def test_default_dtypes_and_devices_change_nothing(name, context):
     def run(model):
         if name == "decode":
             got = decode(model, P, N, mask_id=MASK, temperature=1.0, tokens_per_step=2,
                          generator=seeded(), order=by_confidence)
             return *vars(got).values(), discrimination_score(replay(model, got, mask_id=MASK))
-        if name == "post_train":
-            optimizer, settings = torch.optim.SGD(model.parameters(), 0.1), LOSSES["tabom"][1]
-            return *post_train(model, P, lambda x: x.response[:, 0] < 3, optimizer, mask_id=MASK,
-                               response_length=N, temperature=1.0, epochs=2, batch_size=2,
-                               generator=seeded(), **settings)[-1].values(), model.out
         loss, metrics = call(name, model, DATA)
         return loss, *metrics.values(), *torch.autograd.grad(loss, list(model.parameters()))
     expected, model = run(TinyModel()), TinyModel()
@@ -659,7 +668,6 @@ def test_the_lines_of_the_docstring_are_solutions():
     hidden = toy_data.hide(tokens)
     assert [toy_data.to_text(row) for row in hidden[:4]] == [
         "47x58a____________", "47x..a____85______", "47+..a____85______", "47x58b____________"]
-    assert toy_data.is_given(tokens)[1].tolist() == [False] * 4 + [True] * 2 + [False] * 6
     other = toy_data.solve(tokens[:1, :6], torch.tensor([85]), "other")
     assert other.equal(rows("47x58a 3995 85 376 235"))
 
@@ -712,19 +720,17 @@ def test_who_learns_what():
     for found in (prompts, {name: some for name, some in pairs.items() if "add" not in name},
                   {name: some for name, some in pairs.items() if "mul" not in name}):
         assert not any(one & other for one, other in itertools.combinations(found.values(), 2))
-    assert {part: len(some) / 2700 for part, some in prompts.items()} == pytest.approx(
-        {"corpus": 0.4, "query": 0.3 * 22 / 30, "validation": 0.1, "test": 0.2}, abs=0.03)
+    assert {part: len(some) / 1800 for part, some in prompts.items()} == pytest.approx(
+        {"corpus": 0.4, "query": 0.27 * 22 / 30, "validation": 0.1, "test": 0.23}, abs=0.03)
     assert toy_data.n_choices(problems["query"]["pick"]).unique().tolist() == [2, 3, 4, 5]
-    assert len({min(pair) for pair in pairs["test", "mul"]}) > 50
-    assert len(corpus[:, :2].unique(dim=0)) == 90
+    assert corpus[:, :2].unique(dim=0).equal(toy_data.digits(torch.arange(10, 70), 2))
     c, is_add = toy_data.n_choices(corpus), corpus[:, 2] == toy_data.token("+")
     for share, here in [(0.70, (c == 0) & ~is_add), (0.12, is_add),
                         *((0.18 / 5, c == choices) for choices in range(1, 6))]:
         assert odds[here].sum() == pytest.approx(share, rel=1e-3) and odds[here].std() < 1e-9
     assert toy_data.is_correct(corpus).all()
-    again, other = toy_data.split_problems(7), toy_data.split_problems(8)
-    assert again[0].equal(corpus) and again[2]["test"]["pick"].equal(problems["test"]["pick"])
-    assert not other[2]["test"]["pick"].equal(problems["test"]["pick"])
+    again, other = (toy_data.split_problems(x)[2]["test"]["pick"] for x in (7, 8))
+    assert again.equal(problems["test"]["pick"]) and not again.equal(other)
 
 def test_given_solutions_use_every_factor_that_the_prompt_allows():
     prompt = rows(SOLVED[0]).repeat(2000, 1)
@@ -814,12 +820,11 @@ def test_every_figure_of_a_model_that_is_known_by_heart(monkeypatch):
     assert [one for _, one in others] == [{}, {}]
     draws = [torch.rand(3, generator=one["generator"]) for one in (sampled, both)]
     assert not draws[0].equal(draws[1])          # different numbers were drawn, from streams alike
-    assert tabom.evaluate(Solver(), tests, 5)[0] == found
 
 def test_problems_are_answered_in_parts_and_given_factors_stay():
     model, many = Solver(), tiny_tests()["mul"].repeat(400, 1)
     answers, right = tabom.answer(model, many)
-    assert right.all() and set(model.calls) == {1000, 200} and len(answers) == 1200
+    assert right.all() and set(model.calls) == {250, 200} and len(answers) == 1200
     assert (answers.decode_rank >= 0).equal(~toy_data.is_given(many))
     ranks = tabom.solved(rows(SOLVED[1])).decode_rank
     assert ranks.tolist() == [[0, 1, 2, 3, -1, -1, 4, 5, 6, 7, 8, 9]]
@@ -841,25 +846,22 @@ def test_what_each_arm_learns_and_how(monkeypatch):
     *usual, own = calls.values()
     for data, batches, _, optimizer, decay, model in usual:
         assert batches.shape == (5 * 40 // 32, 32) and batches.max() < len(data)
-        assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 2e-5
-        assert optimizer.defaults["betas"] == (0.9, 0.999)
-        assert optimizer.defaults["weight_decay"] == 0.01
+        assert type(optimizer) is torch.optim.AdamW and optimizer.defaults.items() >= {
+            "lr": 2e-5, "betas": (0.9, 0.999), "weight_decay": 0.01}.items()
         assert optimizer.param_groups[0]["params"][0] is model.weight
         assert [decay(x) for x in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
-    assert own[1].shape == (10, 8) and own[3].defaults["lr"] == 1e-3
-    passes = own[1].flatten().view(2, 40)
-    assert (passes.sort(1).values == torch.arange(40)).all() and not passes[0].equal(passes[1])
+    passes = own[1].flatten().view(2, 40)        # 10 batches of 8
+    assert own[3].defaults["lr"] == 1e-3 and not passes[0].equal(passes[1])
+    assert (passes.sort(1).values == torch.arange(40)).all()
     assert calls["masking"][1].equal(calls["TABOM"][1]) and calls["SFT-GT"][1].max() > 40
     for name in ("SFT-SD", "masking", "TABOM", "TABOM:margin=0.2", "dInfer", "T3D"):
         assert calls[name][0] is kept or same(calls[name][0], kept)
     ranks = calls["shuffled"][0].decode_rank
     assert calls["shuffled"][0].response.equal(kept.response)
-    assert ranks.sort(1).values.equal(torch.arange(12).expand(40, 12))
     assert (ranks == kept.decode_rank).float().mean() < 0.2
     for name, style in (("SFT-GT", "other"), ("SFT-GT:style=own", "own")):
         given = tabom.rows_of(calls[name][0])
-        factor = toy_data.read_factor(given)
-        assert given.equal(toy_data.solve(queries, factor, style)) and len(given) == 90
+        assert given.equal(toy_data.solve(queries, toy_data.read_factor(given), style))
         assert toy_data.is_correct(given).all() and calls[name][2].func is nelbo_loss
     for name, loss_fn, keywords in (
             ("SFT-SD", nelbo_loss, {}), ("dInfer", dinfer_loss, {}),
@@ -898,10 +900,7 @@ def test_pretraining_learns_and_depends_on_the_seed_alone():
     one, again, other = (tabom.pretrain(corpus, odds, 20, seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, one.parameters(), again.parameters()))
     assert not one.head.weight.equal(other.head.weight) and not one.training
-    torch.manual_seed(1)
     fresh = tabom.Denoiser(len(toy_data.VOCABULARY), 18)
-    assert all(now.shape == before.shape and not now.equal(before) for now, before in zip(
-        one.parameters(), fresh.parameters()))
     losses = [nelbo_loss(model, tabom.solved(corpus[::200]), mask_id=toy_data.MASK_ID,
                          generator=seeded())[0] for model in (fresh, one)]
     assert losses[1] < losses[0] - 0.3
@@ -963,22 +962,16 @@ def test_the_film_shows_the_prompt_on_which_the_factor_came_forward_most(monkeyp
 
 @pytest.mark.parametrize("arguments, says", [
     (["--set", "depth=3"], "'depth' is not a setting here, only learning_rate"),
-    (["--set", "queries=two"], "queries must be int, from 1 to 1e6, not 'two'"),
-    (["--set", "margin=nan"], "margin must be float, from 0 to 1e6, not 'nan'"),
+    (["--set", "queries=two"], "must be int, from 1"), (["--set", "margin=nan"], "be float"),
     (["--set", "margin=-1"], "margin must be"), (["--set", "epochs=0"], "epochs must be int, from"),
-    (["--set", "queries=" + 21 * "9"], "queries must be"), (["--set", "split=all"], "validation"),
-    (["--set", "style=his"], "style must be other or own, not 'his'"),
+    (["--set", "queries=" + 21 * "9"], "queries must"), (["--set", "style=his"], "other or own"),
     (["--arms", "TABOM:queries=8"], "'queries' is not a setting here, only learning_rate"),
-    (["--arms", "TABOM:style=own"], "'style' is not a setting here"),
-    (["--arms", "masking:margin=1"], "'margin' is not a setting here"),
-    (["--arms", "No-SFT:epochs=1"], "'epochs' is not a setting here"),
+    (["--arms", "TABOM:style=own"], "'style' is"), (["--arms", "No-SFT:epochs=1"], "'epochs' is"),
     (["--arms", "TABOM", "TABOM:margin=1"], "arm twice"), (["--seeds", "1", "1"], "be different"),
     (["--arms", "DPO"], "'DPO' is not an arm, only No-SFT"), (["--device", "tpu9"], "no such"),
     (["--seeds", "1000000"], "must be different"), (["--seeds", "-1"], "must be different"),
-    (["--out", str(PROJECT)], "exists"), (["--out", "/proc/no/folder"], "/proc/no"),
-])
-def test_a_mistake_is_one_sentence_and_exit_code_2_before_any_work(arguments, says, capsys,
-                                                                   monkeypatch):
+    (["--out", str(PROJECT)], "exists"), (["--out", "/proc/no/folder"], "/proc/no")])
+def test_a_mistake_is_one_sentence_and_code_2_before_any_work(arguments, says, capsys, monkeypatch):
     monkeypatch.setattr(tabom, "run_seed", None)
     assert tabom.main(["--demo", *arguments]) == 2
     error = capsys.readouterr().err
@@ -1034,14 +1027,21 @@ def test_unusual_surroundings_leave_no_traceback(command, code, out, err, tmp_pa
                           text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (code, err) and done.stdout.startswith(out)
 
-def test_the_examples_of_the_readme_run(tmp_path, capsys):
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert examples
-    for example in examples:
-        exec(example, {})
+def test_the_examples_of_the_readme_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for example in examples():
+        exec(example, names)
         printed = capsys.readouterr().out
         assert all(line in printed for line in re.findall(r"^# prints (.*)", example, re.MULTILINE))
+    data, ended = names["data"], names["ended"]  # recorded in blocks: no pair straddles two
+    _, window = cut(ended.decode_rank, names["cut_every"](4, ended), 4)
+    assert window.view(-1, 3, 4).any(2).sum(1).eq(1).all()
+    for response, rank, left in zip(*(x.tolist() for x in (
+            data.response, ended.decode_rank, ended.response))):
+        end = response.index(7) + 1 if 7 in response else 12             # EOS
+        assert [x >= 0 for x in rank] == [i < end for i in range(12)]
+        assert left == response[:end] + [20] * (12 - end)                # [MASK]
 
 def test_the_files_stay_small():
     """Minimal is part of the mission: a file that grows past its ceiling loses its readers."""
