@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: MIT
+"""The lab of TABOM: every figure of README.md beside this file, and how to make it again.
+
+    python .results/lab.py run --arms core --seeds 10 11 12 13 14 15 16 17 18 19
+                                                  13 minutes a seed in one thread
+    python .results/lab.py run --arms rates --seeds 10 11 12 13 14       13 minutes a seed
+    python .results/lab.py run --arms sweeps --seeds 10 11 12            6 minutes a seed
+    python .results/lab.py judge                                         verdicts on the claims
+    python .results/lab.py report                                        tables of README.md
+    python .results/lab.py draw                                          pictures; needs matplotlib
+
+`run` goes on where it was stopped: what is finished stands in figures/, one file for each seed and
+arm.  Several processes can share the work if no two have the same seed and arm; give each one
+thread (OMP_NUM_THREADS=1) on cores of its own.  The weights of the bases are kept in bases/, which
+is not committed; deleting it costs three minutes a seed and changes nothing.
+
+Nothing in tabom.py is changed: an arm of the lab is a line like those there, with more to learn
+from.  Arms that are also in tabom.py are trained by it.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import tabom                                     # noqa: E402
+import toy_data as toy                           # noqa: E402
+
+# == What all arms of a seed share =================================================================
+
+class Seed:
+    """The base, what it collected, and the problems of a seed; each is made when it is needed."""
+    def __init__(self, seed, folder, settings):
+        self.seed, self.folder, self.settings = seed, folder, settings
+        self.corpus, self.odds, self.problems = toy.split_problems(seed)
+        parts, count = self.problems[settings.split], settings.test_problems
+        self.tests = {"pick": toy.first_of_each(parts["pick"], math.ceil(0.4 * count)),
+                      **{domain: parts[domain][:count] for domain in ("mul", "add")}}
+        queries = self.problems["query"]["pick"]
+        self.queries = queries[torch.arange(settings.queries) % len(queries)]
+
+    @cached_property
+    def base(self):
+        path = self.folder / "bases" / f"{self.seed}-{self.settings.pretrain_updates}.pt"
+        if not path.exists():
+            save(path, tabom.pretrain(self.corpus, self.odds, self.settings.pretrain_updates,
+                                      self.seed).state_dict())
+        model = tabom.Denoiser(len(toy.VOCABULARY), self.corpus.shape[1])
+        model.load_state_dict(torch.load(path))
+        return model.eval()
+
+    @cached_property
+    def rollouts(self):
+        """All answers of the base to the queries, and which are right."""
+        return tabom.answer(self.base, self.queries, temperature=self.settings.temperature,
+                            generator=tabom.random_stream(self.seed, "collect"))
+
+    @cached_property
+    def kept(self):
+        answers, right = self.rollouts
+        return answers[right] if self.settings.keep == "right" else answers
+
+    def draws(self):
+        return tabom.random_stream(self.seed, "data")
+
+def save(path, content):
+    """Write .pt or .json; what has its final name is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        if path.suffix == ".pt":
+            torch.save(content, unfinished)
+        else:
+            unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+# == More to learn from ============================================================================
+
+def with_ranks(kept, ranks):
+    return tabom.Trajectories(kept.prompt, kept.response, ranks)
+
+def partner(groups, draws):
+    """(n,) -> (n,): for each row another row of its group; itself if it is alone."""
+    found = torch.arange(len(groups))
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=draws)]
+        found[rows] = rows.roll(1)
+    return found
+
+def swapped(seed):
+    """The ranks of another right answer, to any prompt."""
+    groups = torch.zeros(len(seed.kept))
+    return with_ranks(seed.kept, seed.kept.decode_rank[partner(groups, seed.draws())])
+
+def alike(seed):
+    """The ranks of another right answer, to a prompt with the same layout and c."""
+    prompt = seed.kept.prompt
+    groups = 10 * prompt[:, -1] + toy.n_choices(prompt)
+    return with_ranks(seed.kept, seed.kept.decode_rank[partner(groups, seed.draws())])
+
+def reversed_ranks(seed):
+    return with_ranks(seed.kept, seed.kept.n_decoded[:, None] - 1 - seed.kept.decode_rank)
+
+def some_of(rows, count, draws):
+    return rows[torch.randperm(len(rows), generator=draws)[:count]]
+
+def unchecked(seed):
+    """As many answers as are kept, right or wrong."""
+    return some_of(seed.rollouts[0], len(seed.kept), seed.draws())
+
+def wrong(seed):
+    answers, right = seed.rollouts
+    return some_of(answers[~right], len(seed.kept), seed.draws())
+
+def old_solutions(seed):
+    """Given solutions in the style of commit 3fd7132: each row of working, 85 x 7 and 85 x 4, needs
+    both digits of the factor, and so teaches that the working comes after it."""
+    solutions = toy.given_solutions(seed.queries, "own", seed.draws())
+    first, factor = toy.read_number(solutions[:, :2]), toy.read_factor(solutions)
+    in_layout_a = torch.cat([toy.digits(first * factor, 4), toy.digits(factor, 2),
+                             toy.digits(first % 10 * factor, 3),
+                             toy.digits(first // 10 * factor, 3)], 1)
+    response = in_layout_a.gather(1, toy.columns_of(solutions))
+    return tabom.solved(torch.cat([solutions[:, :toy.PROMPT_LENGTH], response], 1))
+
+def with_replay(seed):
+    """Given solutions in the other style, and a fifth of rows from the corpus."""
+    draws = seed.draws()
+    solutions = toy.given_solutions(seed.queries, "other", draws)
+    old = torch.multinomial(seed.odds, len(solutions) // 4, True, generator=draws)
+    return tabom.solved(torch.cat([solutions, seed.corpus[old]]))
+
+# == Arms ==========================================================================================
+TABOM, NELBO = tabom.ARMS["TABOM"][1:], (tabom.nelbo_loss, [])
+ARMS = {  # name: what it learns from, by which loss, with which of the settings
+    "swapped": (swapped, *TABOM), "alike": (alike, *TABOM), "reversed": (reversed_ranks, *TABOM),
+    "unchecked": (unchecked, *TABOM), "wrong": (wrong, *TABOM),
+    "SFT-GT-old": (old_solutions, *NELBO), "SFT-GT-replay": (with_replay, *NELBO)}
+
+RATES = (1e-6, 2e-6, 3e-6, 5e-6, 7e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)
+TUNED = 1e-6                                     # of SFT-GT, chosen on seeds 100 to 103
+def at(name, rate):
+    """An arm's name at another rate; the paper's needs no mention."""
+    return name if rate == 2e-5 else f"{name}{',' if ':' in name else ':'}learning_rate={rate:g}"
+
+CURVES = ("SFT-GT", "SFT-GT:style=own", "SFT-SD", "masking", "TABOM", "TABOM:margin=0.2")
+GROUPS = {
+    "core": ["No-SFT", "SFT-GT", at("SFT-GT", TUNED), "SFT-GT:style=own", "SFT-GT-old",
+             at("SFT-GT-old", TUNED), "SFT-GT-replay", at("SFT-GT-replay", TUNED), "SFT-SD",
+             "dInfer", "T3D", "masking", "TABOM", "TABOM:margin=0.2", "shuffled", "swapped",
+             "alike", "unchecked", "wrong", "reversed", "TABOM:window_size=12",
+             at("TABOM", 5e-6), at("TABOM", 1e-4)],
+    "rates": [at(name, rate) for name in CURVES for rate in RATES
+              if name == "SFT-GT" or rate not in (2e-6, 3e-6, 7e-6)]
+             + [at("SFT-GT-old", rate) for rate in (2e-6, 5e-6, 1e-5, 2e-5)],
+    "sweeps": [f"TABOM:margin={margin:g}" for margin in (0.1, 0.3, 0.5, 0.7)]
+              + [f"TABOM:margin={margin:g},rank_weight=2" for margin in (0.1, 0.2, 0.3)]
+              + [f"TABOM:window_size={size}" for size in (2, 3, 8)],
+    "tune": [at("SFT-GT", rate) for rate in (1e-6, 2e-6, 3e-6, 5e-6, 7e-6, 1e-5, 2e-5)]}
+
+def read(name, settings):
+    """An arm's name -> its line and its settings, as `tabom.read_arm`, for the lab's arms, too."""
+    arm, _, own = name.partition(":")
+    if arm not in ARMS:
+        return tabom.read_arm(name, settings)
+    names = ["learning_rate", "batch_size", "epochs", *ARMS[arm][2]]
+    return ARMS[arm], tabom.configure(own.split(",") if own else [], settings, names)
+
+def fine_tune(name, seed):
+    """As `tabom.fine_tune`, which trains the arms that it knows."""
+    (source, loss_fn, names), own = read(name, seed.settings)
+    if not callable(source):
+        return tabom.fine_tune(name, seed.base, seed.kept, seed.queries, seed.settings, seed.seed)
+    loss_fn = partial(loss_fn, **{x: vars(own)[x] for x in names})
+    return learn(name, seed, source(seed), loss_fn, own)
+
+def learn(name, seed, data, loss_fn, own):
+    """The recipe of `tabom.fine_tune`, with data of any kind and as many updates."""
+    model, order = copy.deepcopy(seed.base), tabom.random_stream(seed.seed, "batches")
+    updates = max(1, own.epochs * len(seed.kept) // own.batch_size)
+    passes = torch.cat([torch.randperm(len(data), generator=order) for _ in range(own.epochs)])
+    tabom.train(model, data, passes[:updates * own.batch_size].view(updates, -1), loss_fn,
+                [torch.optim.AdamW(model.parameters(), own.learning_rate)],
+                lambda x: 0.5 + 0.5 * math.cos(math.pi * x), seed.seed, name)
+    return model
+
+# == What is measured ==============================================================================
+
+def percent(right):
+    return 100 * right.float().mean().item()
+
+def measure(name, seed):
+    """All figures of an arm: those of the demo and, for the arms of the core, some more."""
+    figures, model, answers, right = tabom.evaluate(fine_tune(name, seed), seed.tests, seed.seed)
+    by_c = figures.pop("by c")
+    figures |= {f"c = {c}": value for c, value in by_c.items()}
+    figures["c = 5 - 2"] = by_c["5"] - by_c["2"]
+    if name in GROUPS["core"]:
+        pick = seed.tests["pick"]
+        two_a_step = tabom.answer(model, pick, tokens_per_step=2)[1]
+        figures["two a step"] = toy.by_choices(pick, two_a_step)["2-5"]
+        figures |= pass_at(model, pick, seed.seed) | why(model, pick, answers)
+    return figures
+
+def pass_at(model, pick, seed, prompts=40, samples=16):
+    """Percent of prompts with a right answer among k of 16, for c = 2 to 5: all choices of k."""
+    some = toy.first_of_each(pick[toy.n_choices(pick) > 1], prompts).repeat_interleave(samples, 0)
+    draws = tabom.random_stream(seed + 10 ** 6, "evaluate")
+    right = tabom.answer(model, some, temperature=1.0, generator=draws)[1].view(-1, samples).sum(1)
+    return {f"pass@{k} of {len(right)}": statistics.mean(
+        100 - 100 * math.comb(samples - n, k) / math.comb(samples, k) for n in right.tolist())
+        for k in (1, 4, 16)}
+
+def why(model, pick, answers):
+    """When the factor is written (0 = first), and the entropy gap before any and after 3 writes."""
+    chooses = toy.n_choices(pick) > 1
+    pick, answers = pick[chooses], answers[chooses]
+    factor = toy.is_factor(pick)
+    rank = answers.decode_rank.masked_fill(~factor, 99).amin(1)
+    found = {"turn of the factor": rank.float().mean().item()}
+    states = list(tabom.replay(model, answers, mask_id=toy.MASK_ID))
+    for n_visible in (0, 3):
+        masked, entropy = states[n_visible]
+        gap = toy.entropy_gap(pick, entropy.masked_fill(~masked, torch.inf))
+        found[f"gap after {n_visible}"] = gap[gap.isfinite()].mean().item()
+    return found
+
+def by_table(table):
+    """An order for `decode` that writes by a number for each layout (3) and position (12)."""
+    def order(logits, tokens, candidates):
+        layout = tokens[:, toy.PROMPT_LENGTH - 1] - toy.token("a")
+        return table[layout][candidates]
+    return order
+
+def mean_rank(answers):
+    layout = answers.prompt[:, -1] - toy.token("a")
+    return torch.stack([answers.decode_rank[layout == x].float().mean(0) for x in range(3)])
+
+def head_start(nats):
+    """The order of lowest entropy, with the factor's entropies lower by some nats."""
+    def order(logits, tokens, candidates):
+        factor = toy.is_factor(tokens)[candidates]
+        return tabom.predictive_entropy(logits) - nats * factor
+    return order
+
+def measure_base(seed):
+    """What the base does in other orders, and how likely each kind of answer is to it."""
+    pick, model, (answers, right) = seed.tests["pick"], seed.base, seed.rollouts
+    prior, draws = mean_rank(seed.kept), tabom.random_stream(seed.seed, "evaluate")
+    orders = {"own": {}, "confidence": {"order": tabom.by_confidence},
+              **{f"blocks of {size}": {"block_length": size} for size in (1, 2, 3, 4, 6)},
+              "right to left": {"order": lambda _, tokens, candidates: -candidates.nonzero()[:, 1]},
+              "random": {"order": lambda logits, *_: torch.rand(len(logits), generator=draws)},
+              "prior": {"order": by_table(prior)},
+              "contrast prior": {"order": by_table(prior - mean_rank(answers[~right]))},
+              "best": {"order": toy.best_order},
+              **{f"head start {nats:.1f}": {"order": head_start(nats)}
+                 for nats in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)}}
+    kinds = {"own answers": seed.kept[:2000], "old style": old_solutions(seed)[:2000],
+             **{f"{style} style": tabom.solved(toy.given_solutions(
+                 seed.queries[:2000], style, seed.draws())) for style in ("own", "other")}}
+    return {"kept": len(seed.kept), "right of rollouts": percent(right),
+            **{f"own order {name}": toy.by_choices(pick, tabom.answer(model, pick, **order)[1])[
+                "2-5"] for name, order in orders.items()},
+            **{f"nll {hidden} {kind}": nll(model, data, hidden, seed.draws())
+               for kind, data in kinds.items() for hidden in (1, 3, 5, 7, 9, 11)},
+            **pairs_in_order(model, seed.kept[:2000])}
+
+@torch.no_grad()
+def nll(model, data, hidden, draws):
+    """Cross-entropy in nats of `hidden` random tokens of each answer."""
+    masked, _ = tabom.cut(tabom.shuffled(data.decode_rank, draws), data.n_decoded - hidden)
+    log_p = tabom.predict(model, data, masked, masked, toy.MASK_ID)
+    return tabom.token_nll(log_p, data.response[masked]).mean().item()
+
+def pairs_in_order(model, data):
+    """Of pairs of hidden tokens, the share with the lower entropy for the one that was written
+    first, by how many writes they are apart and whether the first is the next to be written."""
+    hits = {}
+    for n_visible, (masked, entropy) in enumerate(tabom.replay(model, data, mask_id=toy.MASK_ID)):
+        ordered = entropy.gather(1, data.decode_rank.argsort(1))         # by rank
+        for first in range(n_visible, 12):
+            for second in range(first + 1, 12):
+                kind = "next" if first == n_visible else "later"
+                hits.setdefault(f"pairs in order, {kind}, {second - first} apart", []).append(
+                    percent(ordered[:, first] < ordered[:, second]))
+    return {kind: statistics.mean(values) for kind, values in sorted(hits.items())}
+
+# == Running and reading ===========================================================================
+
+def path_of(folder, seed, name):
+    return folder / "figures" / f"seed-{seed}" / f"{name.replace(':', ' ')}.json"
+
+def recipe(name, settings):
+    shared = {x: vars(settings)[x] for x in ("pretrain_updates", "queries", "temperature", "keep",
+                                             "test_problems", "split")}
+    return shared | ({} if name == "base" else vars(read(name, settings)[1]))
+
+def load(folder):
+    """-> {seed: {arm: figures}} of all that is finished, and {(arm, split): recipe}."""
+    found, recipes = {}, {}
+    for path in sorted((folder / "figures").glob("seed-*/*.json")):
+        run = json.loads(path.read_text())
+        tabom.require(path == path_of(folder, run["seed"], run["arm"]),
+                      f"{path} holds seed {run['seed']}, {run['arm']}: a copy? Remove it.")
+        check(recipes, run["arm"], run["recipe"], path)
+        found.setdefault(run["seed"], {})[run["arm"]] = run["figures"]
+    return found, recipes
+
+def check(recipes, name, recipe, path):
+    known = recipes.setdefault((name, recipe["split"]), recipe)
+    tabom.require(known == recipe, f"{path}: the same arm stands in this folder with another recipe"
+                  f" ({known}): use another --folder.")
+
+def run(options):
+    settings = tabom.configure(["test_problems=1000", *options.set])
+    names = [x for name in ("base", *options.arms) for x in GROUPS.get(name, [name])]
+    own = {name: recipe(name, settings) for name in names}               # refuses what is no arm
+    for seed in options.seeds:
+        shared = Seed(seed, options.folder, settings)
+        for name in own:
+            path, (found, recipes) = path_of(options.folder, seed, name), load(options.folder)
+            check(recipes, name, own[name], path)
+            if name in found.get(seed, {}):
+                continue
+            figures = measure_base(shared) if name == "base" else measure(name, shared)
+            save(path, {"seed": seed, "arm": name, "recipe": own[name], "figures": figures,
+                        "torch": torch.__version__, "threads": torch.get_num_threads()})
+            print(f"seed {seed}, {name}: {figures.get('own order', '')}", flush=True)
+
+# == Claims ========================================================================================
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)   # 95 %, n = 2 .. 10
+
+def claims(text):
+    """claims.txt -> [(claim, figures, {arm: weight}, sign, threshold, expected verdict)]"""
+    parts, claim = [], None
+    for line in text.splitlines():
+        if line.startswith("  "):
+            figure, terms, (sign, threshold), expected = (
+                cell.split() if cell.strip()[0] in "<>" else cell.strip()
+                for cell in line.split("|"))
+            weights = {}
+            for term in terms.replace(" - ", " + -").split(" + "):
+                number, arm = re.fullmatch(r"(-?(?:[0-9.]+ )?)(.*)", term).groups()
+                weights[arm] = float(number + "1" if number in ("", "-") else number)
+            figures = ("own order", "best order") if " or " in figure else (figure,)
+            parts.append((claim, figures, weights, {">": 1, "<": -1}[sign], float(threshold),
+                          expected))
+        elif line and line[0] != "#":
+            claim = line
+    return parts
+
+def figure_of(arms, arm, figure):
+    """One figure of an arm of a seed, or of what is measured of the base alone."""
+    return arms[arm][figure] if arm in arms else arms["base"][f"{figure} {arm}"]
+
+def interval(values):
+    """Mean and 95 % interval (Student)."""
+    mean = statistics.mean(values)
+    half = STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+def verdict(low, high, sign, threshold):
+    worst, best = sorted((sign * low, sign * high))
+    if worst > sign * threshold:
+        return "shown"
+    return "refuted" if best < sign * threshold else "not shown"
+
+def judge(found, text):
+    """{seed: {arm: figures}} -> rows of a table, each part over the seeds that have what it needs;
+    of two figures the one that is nearer to being shown."""
+    lines = []
+    for claim, figures, weights, sign, threshold, expected in claims(text):
+        results = []
+        for figure in figures:
+            values = []
+            for _, arms in sorted(found.items()):
+                try:
+                    values.append(sum(weight * figure_of(arms, arm, figure)
+                                      for arm, weight in weights.items()))
+                except KeyError:                 # not measured on this seed
+                    pass
+            if len(values) >= 2:
+                mean, low, high = interval(values)
+                results.append((sign * (low if sign > 0 else high), figure, len(values), mean, low,
+                                high, verdict(low, high, sign, threshold)))
+        if results:
+            _, figure, n, mean, low, high, got = max(results)
+            what = " ".join(f"{weight:+g} {arm}" for arm, weight in weights.items())
+            lines.append([claim, figure, what, n, f"{mean:.2f} [{low:.2f}, {high:.2f}]",
+                          f"{'>' if sign > 0 else '<'} {threshold:g}", expected, f"**{got}**"])
+    return lines
+
+# == Reports and pictures ==========================================================================
+
+COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
+           "pass@16 of 160", "right factors", "two a step", "TDS")
+TEN, FIVE = range(10, 20), range(10, 15)
+
+def markdown(lines):
+    head, *rows = [[str(cell) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+def table_of_arms(found, names, columns=COLUMNS):
+    """Means over the seeds, and own order less the base's with its 95 % interval."""
+    lines = [["arm", "seeds", "own order less the base's", *columns]]
+    for name in names:
+        here = [arms for arms in found.values() if name in arms]
+        if len(here) >= 2:
+            mean, low, high = interval([arms[name]["own order"] - arms["No-SFT"]["own order"]
+                                        for arms in here])
+            lines.append([name, len(here), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", *(
+                f"{statistics.mean(arms[name][x] for arms in here):.{3 if x == 'TDS' else 1}f}"
+                for x in columns if all(x in arms[name] for arms in here))])
+    return markdown(lines)
+
+def table_of_claims(found):
+    head = ["claim", "figure", "value", "seeds", "mean [95 %]", "claimed", "expected", "verdict"]
+    return markdown([head, *judge(found, (HERE / "claims.txt").read_text())])
+
+def curves(found, figure):
+    """{arm: [(rate, mean, low, high)]} over the five seeds."""
+    result = {}
+    for arm in CURVES:
+        for rate in RATES:
+            values = [found[seed][at(arm, rate)][figure] for seed in FIVE
+                      if at(arm, rate) in found.get(seed, ())]
+            if len(values) >= 2:
+                result.setdefault(arm, []).append((rate, *interval(values)))
+    return result
+
+def table_of_rates(found):
+    lines = [["arm: own order / best order / mul", *(f"{rate:g}" for rate in RATES)]]
+    each = [curves(found, figure) for figure in ("own order", "best order", "mul")]
+    for arm in each[0]:
+        cells = [{rate: f"{mean:.0f}" for rate, mean, *_ in curve[arm]} for curve in each]
+        lines.append([arm, *(" / ".join(cell.get(rate, "") for cell in cells)
+                             if rate in cells[0] else "" for rate in RATES)])
+    return markdown(lines)
+
+def report(options):
+    found = {seed: arms for seed, arms in load(options.folder)[0].items() if seed in TEN}
+    print("\n## Ten seeds\n\n" + table_of_arms(found, GROUPS["core"]))
+    print("\n## Claims\n\n" + table_of_claims(found))
+    print("\n## Rates\n\n" + table_of_rates(found))
+    print("\n## Sweeps\n\n" + table_of_arms(found, ("TABOM", *GROUPS["sweeps"]), COLUMNS[:6]))
+    bases = [arms["base"] for arms in found.values()]
+    print("\n## The base\n\n" + markdown([["", "mean", "low", "high"], *(
+        [name, *(f"{x:.2f}" for x in interval([base[name] for base in bases]))]
+        for name in bases[0])]))
+
+def draw(options):
+    """rates.svg: right answers and what is forgotten against the learning rate."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "tabom"                        # the same bytes each time
+    from matplotlib import pyplot
+    found, _ = load(options.folder)
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 4.5), sharex=True, layout="constrained")
+    for panel, name in zip(panels, ("own order", "best order", "mul")):
+        for arm, points in curves(found, name).items():
+            rates, means, lows, highs = zip(*points)
+            line, = panel.plot(rates, means, marker="o", markersize=3, label=arm)
+            panel.fill_between(rates, lows, highs, alpha=0.15, color=line.get_color())
+            if name == "best order":
+                sampled = curves(found, "best order, sampled")[arm]
+                panel.plot(rates, [mean for _, mean, *_ in sampled], linewidth=0.7,
+                           color=line.get_color())
+        panel.axvline(2e-5, color="grey", linestyle=":")
+        panel.set(xscale="log", title=name, xlabel="learning rate (dotted: the paper's)")
+    panels[0].set_ylabel("percent right, mean and 95 % interval")
+    panels[0].legend(fontsize=7)
+    figure.savefig(options.folder / "rates.svg", metadata={"Date": None})
+
+def main(arguments):
+    parser = argparse.ArgumentParser(
+        prog="lab.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="groups of arms: " + ", ".join(GROUPS) + "\narms: " + ", ".join(
+            (*tabom.ARMS, *ARMS)) + "; any with :setting=value,..")
+    parser.add_argument("do", choices=("run", "judge", "report", "draw"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N")
+    parser.add_argument("--arms", nargs="+", default=["core"], metavar="ARM")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--folder", type=Path, default=HERE)
+    options = parser.parse_args(arguments or ["--help"])
+    try:
+        if options.do == "judge":
+            found, _ = load(options.folder)
+            print(table_of_claims({seed: found[seed] for seed in options.seeds or found}))
+        else:
+            {"run": run, "report": report, "draw": draw}[options.do](options)
+    except (ValueError, OSError) as error:
+        print(f"lab.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""The lab: its page is what its figures give, its arms are what they say, and no figure is lost,
+mixed or copied.  Figures made here are tiny and mean nothing."""
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import lab
+import tabom
+import toy_data as toy
+
+TINY = ["pretrain_updates=2", "queries=60", "keep=all", "epochs=1", "test_problems=5"]
+
+def run(folder, *arguments, tiny=TINY):
+    return lab.main(["run", "--folder", str(folder), *arguments, "--set", *tiny])
+
+def figures_in(folder):
+    return {(path.parent.name, path.name): json.loads(path.read_text())["figures"]
+            for path in folder.glob("figures/seed-*/*.json")}
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    """Rollouts of which each third one is right, with random ranks."""
+    seed = lab.Seed(4, tmp_path_factory.mktemp("seed"), tabom.configure(TINY))
+    solved = tabom.solved(toy.given_solutions(seed.queries, "own", seed.draws()))
+    ranks = torch.stack([torch.randperm(12, generator=seed.draws().manual_seed(i))
+                         for i in range(60)])
+    answers = lab.with_ranks(solved, ranks)
+    seed.rollouts, seed.kept = (answers, torch.arange(60) % 3 == 0), answers[::3]
+    return seed
+
+# ==== Arms ========================================================================================
+def test_ranks_of_other_answers(seed):
+    kept, known = seed.kept, {tuple(rank.tolist()) for rank in seed.kept.decode_rank}
+    for source in (lab.swapped, lab.alike):
+        data = source(seed)
+        assert data.response.equal(kept.response) and data.prompt.equal(kept.prompt)
+        assert {tuple(rank.tolist()) for rank in data.decode_rank} == known
+    assert (lab.swapped(seed).decode_rank != kept.decode_rank).any(1).all()
+    c, layout = toy.n_choices(kept.prompt), kept.prompt[:, 5]
+    for row, rank in enumerate(lab.alike(seed).decode_rank):
+        donor = (kept.decode_rank == rank).all(1).nonzero().item()
+        assert c[donor] == c[row] and layout[donor] == layout[row]
+    assert lab.reversed_ranks(seed).decode_rank.equal(11 - kept.decode_rank)
+
+def test_answers_without_a_checker(seed):
+    answers, right = seed.rollouts
+    rows = [tuple(row.tolist()) for row in tabom.rows_of(answers)]
+    for source, allowed in ((lab.unchecked, range(60)), (lab.wrong, range(60))):
+        data = source(seed)
+        chosen = [rows.index(tuple(row.tolist())) for row in tabom.rows_of(data)]
+        assert len(data) == 20 and len({*chosen}) > 15
+        assert source is lab.unchecked or not any(right[i] for i in chosen)
+
+def test_old_solutions_and_replay(seed):
+    for row in tabom.rows_of(lab.old_solutions(seed)).tolist():
+        text, fields = toy.to_text(row), {}
+        names = "".join("ppppffuuuttt"[x] for x in toy.columns_of(torch.tensor([row]))[0])
+        for name, character in zip(names, text[6:]):
+            fields[name] = fields.get(name, "") + character
+        first, factor = int(text[:2]), int(fields["f"])
+        assert (int(fields["p"]), int(fields["u"]), int(fields["t"])) == (
+            first * factor, first % 10 * factor, first // 10 * factor)
+    replay = lab.with_replay(seed)
+    assert len(replay) == 75 and toy.is_correct(tabom.rows_of(replay)).all()
+
+def test_the_lab_trains_as_the_tutorial_does(seed):
+    torch.manual_seed(0)
+    seed.base = tabom.Denoiser(len(toy.VOCABULARY), 18)
+    own = lab.read("SFT-SD", seed.settings)[1]
+    here = lab.learn("SFT-SD", seed, seed.kept, tabom.nelbo_loss, own)
+    there = tabom.fine_tune("SFT-SD", seed.base, seed.kept, seed.queries, seed.settings, 4)
+    assert all(map(torch.equal, here.parameters(), there.parameters()))
+    assert not here.head.weight.equal(seed.base.head.weight)
+    del seed.base
+
+def test_every_arm_of_every_group_can_be_read():
+    for name in itertools.chain(*lab.GROUPS.values()):
+        line, own = lab.read(name, tabom.Settings())
+        assert own.learning_rate == (float(name.split("learning_rate=")[1]) if "rate=" in name
+                                     else 2e-5) and len(line) == 3
+    for wrong in ("DPO", "swapped:style=own", "wrong:margin=-1"):
+        with pytest.raises(ValueError):
+            lab.read(wrong, tabom.Settings())
+
+# ==== Figures =====================================================================================
+def test_pass_at_k_counts_all_choices(monkeypatch, seed):
+    right = torch.tensor([[True] * 3 + [False] * 13, [False] * 16] * 4)
+    monkeypatch.setattr(tabom, "answer", lambda *_, **__: (None, right.flatten()))
+    found = lab.pass_at(None, seed.tests["pick"], 0)
+    for k in (1, 4, 16):
+        hits = [any(i < 3 for i in some) for some in itertools.combinations(range(16), k)]
+        assert found[f"pass@{k} of 8"] == pytest.approx(50 * sum(hits) / len(hits))
+
+def test_pairs_are_counted_by_distance(monkeypatch, seed):
+    entropy = torch.arange(12.0).expand(20, 12).clone()
+    data = lab.with_ranks(seed.kept, torch.arange(12).expand(20, 12))
+    entropy[:10, 1] = -1                         # in half of the rows the second is surest
+    monkeypatch.setattr(tabom, "replay", lambda *_, **__: [(None, entropy)])
+    found = lab.pairs_in_order(None, data)
+    found = [found[f"pairs in order, {x} apart"] for x in ("next, 1", "next, 2", "later, 1")]
+    assert found == [50, 100, 100]
+
+def test_verdicts_and_claims():
+    mean, low, high = lab.interval([1.0, 2.0, 6.0])
+    assert (mean, (high - low) / 2) == pytest.approx((3, 4.303 * math.sqrt(7 / 3)), rel=1e-3)
+    for bounds, sign, expected in (((1, 2), 1, "shown"), ((-1, 2), 1, "not shown"),
+                                   ((-2, -1), 1, "refuted"), ((-2, -1), -1, "shown"),
+                                   ((1, 2), -1, "refuted"), ((-1, 2), -1, "not shown")):
+        assert lab.verdict(*bounds, sign, 0) == expected
+    text = "# no\n1 text\n  mul | A - 0.5 B:x=1e-06 - C-d | < -5 | shown\n"
+    assert lab.claims(text) == [("1 text", ("mul",), {"A": 1, "B:x=1e-06": -0.5, "C-d": -1}, -1,
+                                 -5, "shown")]
+    figures = {"A": 0.0, "B:x=1e-06": 2.0, "C-d": 8.0}
+    found = {seed: {arm: {"mul": value + (arm == "A") * seed} for arm, value in figures.items()}
+             for seed in (0, 1, 2)} | {9: {"base": {}}}                  # one that has nothing
+    line, = lab.judge(found, text)
+    assert line[3:5] == [3, "-8.00 [-10.48, -5.52]"] and line[-1] == "**shown**"
+
+def test_every_claim_can_be_judged_from_the_arms_that_are_run():
+    run_here = {*itertools.chain(*lab.GROUPS.values()), "prior", "contrast prior", "own answers",
+                "other style"}
+    for claim, _, weights, *_ in lab.claims((lab.HERE / "claims.txt").read_text()):
+        assert {*weights} <= run_here, claim
+
+# ==== Nothing is lost, mixed or copied ============================================================
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path):
+    arguments = ["--seeds", "3", "4", "--arms", "SFT-SD", "swapped"]
+    assert run(tmp_path / "whole", *arguments) == 0
+    command = [sys.executable, lab.__file__, "run", "--folder", str(tmp_path / "killed"),
+               *arguments, "--set", *TINY]
+    for number in range(5):                      # each time when one file more has been written
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(figures_in(tmp_path / "killed")) <= number:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    whole, killed = (figures_in(tmp_path / name) for name in ("whole", "killed"))
+    assert whole == killed and len(whole) == 6
+
+def test_what_cannot_stand_together_is_refused(tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "3", "--arms", "No-SFT") == 0
+    for seed in ("3", "5"):                      # another recipe for the same or another seed
+        assert run(tmp_path, "--seeds", seed, "--arms", "No-SFT", tiny=[*TINY, "queries=61"]) == 2
+    assert not (tmp_path / "figures" / "seed-5").exists()
+    (copy := lab.path_of(tmp_path, 7, "No-SFT")).parent.mkdir()
+    copy.write_text(lab.path_of(tmp_path, 3, "No-SFT").read_text())
+    assert lab.main(["judge", "--folder", str(tmp_path)]) == 2
+    copy.unlink()
+    assert run(tmp_path, "--seeds", "3", "--arms", "DPO") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all(line.startswith("lab.py: ") for line in lines)
+    assert "another recipe" in lines[0] and "a copy?" in lines[2]
+
+def test_pictures_come_out_the_same(tmp_path):
+    pytest.importorskip("matplotlib")
+    for seed in lab.FIVE:
+        for name in lab.GROUPS["rates"]:
+            figures = {figure: 50 + seed for figure in lab.COLUMNS}
+            lab.save(lab.path_of(tmp_path, seed, name), {
+                "seed": seed, "arm": name, "figures": figures, "recipe": {"split": "test"}})
+    pictures = []
+    for _ in range(2):
+        assert lab.main(["draw", "--folder", str(tmp_path)]) == 0
+        pictures.append((tmp_path / "rates.svg").read_bytes())
+    assert pictures[0] == pictures[1]
