@@ -728,7 +728,7 @@ def test_who_learns_what():
     for share, here in [(0.70, (c == 0) & ~is_add), (0.12, is_add),
                         *((0.18 / 5, c == choices) for choices in range(1, 6))]:
         assert odds[here].sum() == pytest.approx(share, rel=1e-3) and odds[here].std() < 1e-9
-    assert toy_data.is_correct(corpus).all()
+    assert toy_data.is_correct(corpus).all() and len({*map(max, pairs["test", "mul"])}) > 50
     again, other = (toy_data.split_problems(x)[2]["test"]["pick"] for x in (7, 8))
     assert again.equal(problems["test"]["pick"]) and not again.equal(other)
 
