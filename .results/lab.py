@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: MIT
 """The lab of TABOM: every figure of README.md beside this file, and how to make it again.
 
-    python .results/lab.py run --arms core --seeds 10 11 12 13 14 15 16 17 18 19
-                                                  13 minutes a seed in one thread
-    python .results/lab.py run --arms rates --seeds 10 11 12 13 14       13 minutes a seed
-    python .results/lab.py run --arms sweeps --seeds 10 11 12            6 minutes a seed
-    python .results/lab.py judge                                         verdicts on the claims
-    python .results/lab.py report                                        tables of README.md
-    python .results/lab.py draw                                          pictures; needs matplotlib
+    python .results/lab.py run --arms core --seeds 10 11 .. 19      15 minutes a seed, one thread
+    python .results/lab.py run --arms rates --seeds 10 11 .. 14     20 minutes a seed
+    python .results/lab.py run --arms sweeps --seeds 10 11 12       5 minutes a seed
+    python .results/lab.py report                                   tables, verdicts on claims.txt
+    python .results/lab.py draw                                     rates.svg; needs matplotlib
 
 `run` goes on where it was stopped: what is finished stands in figures/, one file for each seed and
 arm.  Several processes can share the work if no two have the same seed and arm; give each one
-thread (OMP_NUM_THREADS=1) on cores of its own.  The weights of the bases are kept in bases/, which
-is not committed; deleting it costs three minutes a seed and changes nothing.
-
-Nothing in tabom.py is changed: an arm of the lab is a line like those there, with more to learn
-from.  Arms that are also in tabom.py are trained by it.
+thread (OMP_NUM_THREADS=1) on a core of its own.  bases/ holds the weights of the bases; without it
+they are trained again, three minutes each.  An arm of the lab is a line as in tabom.py, with more
+to learn from; arms that tabom.py knows are trained by it.
 """
 import argparse
 import copy
@@ -25,6 +21,7 @@ import os
 import re
 import statistics
 import sys
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -87,42 +84,36 @@ def save(path, content):
 
 # == More to learn from ============================================================================
 
-def with_ranks(kept, ranks):
-    return tabom.Trajectories(kept.prompt, kept.response, ranks)
-
-def partner(groups, draws):
-    """(n,) -> (n,): for each row another row of its group; itself if it is alone."""
-    found = torch.arange(len(groups))
+def ranks_of_others(seed, groups):
+    """Each answer with the ranks of another one of its group (n,), or its own if it is alone."""
+    kept, draws = seed.kept, seed.draws()
+    ranks = kept.decode_rank.clone()
     for group in groups.unique():
         rows = (groups == group).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=draws)]
-        found[rows] = rows.roll(1)
-    return found
+        ranks[rows] = kept.decode_rank[rows.roll(1)]
+    return replace(kept, decode_rank=ranks)
 
 def swapped(seed):
     """The ranks of another right answer, to any prompt."""
-    groups = torch.zeros(len(seed.kept))
-    return with_ranks(seed.kept, seed.kept.decode_rank[partner(groups, seed.draws())])
+    return ranks_of_others(seed, torch.zeros(len(seed.kept)))
 
 def alike(seed):
     """The ranks of another right answer, to a prompt with the same layout and c."""
     prompt = seed.kept.prompt
-    groups = 10 * prompt[:, -1] + toy.n_choices(prompt)
-    return with_ranks(seed.kept, seed.kept.decode_rank[partner(groups, seed.draws())])
+    return ranks_of_others(seed, 10 * prompt[:, -1] + toy.n_choices(prompt))
 
-def reversed_ranks(seed):
-    return with_ranks(seed.kept, seed.kept.n_decoded[:, None] - 1 - seed.kept.decode_rank)
+def backwards(seed):
+    kept = seed.kept
+    return replace(kept, decode_rank=kept.n_decoded[:, None] - 1 - kept.decode_rank)
 
-def some_of(rows, count, draws):
-    return rows[torch.randperm(len(rows), generator=draws)[:count]]
-
-def unchecked(seed):
+def unchecked(seed, rows=slice(None)):
     """As many answers as are kept, right or wrong."""
-    return some_of(seed.rollouts[0], len(seed.kept), seed.draws())
+    answers = seed.rollouts[0][rows]
+    return answers[torch.randperm(len(answers), generator=seed.draws())[:len(seed.kept)]]
 
 def wrong(seed):
-    answers, right = seed.rollouts
-    return some_of(answers[~right], len(seed.kept), seed.draws())
+    return unchecked(seed, ~seed.rollouts[1])
 
 def old_solutions(seed):
     """Given solutions in the style of commit 3fd7132: each row of working, 85 x 7 and 85 x 4, needs
@@ -145,7 +136,7 @@ def with_replay(seed):
 # == Arms ==========================================================================================
 TABOM, NELBO = tabom.ARMS["TABOM"][1:], (tabom.nelbo_loss, [])
 ARMS = {  # name: what it learns from, by which loss, with which of the settings
-    "swapped": (swapped, *TABOM), "alike": (alike, *TABOM), "reversed": (reversed_ranks, *TABOM),
+    "swapped": (swapped, *TABOM), "alike": (alike, *TABOM), "reversed": (backwards, *TABOM),
     "unchecked": (unchecked, *TABOM), "wrong": (wrong, *TABOM),
     "SFT-GT-old": (old_solutions, *NELBO), "SFT-GT-replay": (with_replay, *NELBO)}
 
@@ -345,20 +336,17 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)   # 9
 
 def claims(text):
     """claims.txt -> [(claim, figures, {arm: weight}, sign, threshold, expected verdict)]"""
-    parts, claim = [], None
+    parts = []
     for line in text.splitlines():
         if line.startswith("  "):
-            figure, terms, (sign, threshold), expected = (
-                cell.split() if cell.strip()[0] in "<>" else cell.strip()
-                for cell in line.split("|"))
+            figure, terms, claimed, expected = map(str.strip, line.split("|"))
             weights = {}
             for term in terms.replace(" - ", " + -").split(" + "):
-                number, arm = re.fullmatch(r"(-?(?:[0-9.]+ )?)(.*)", term).groups()
-                weights[arm] = float(number + "1" if number in ("", "-") else number)
-            figures = ("own order", "best order") if " or " in figure else (figure,)
-            parts.append((claim, figures, weights, {">": 1, "<": -1}[sign], float(threshold),
-                          expected))
-        elif line and line[0] != "#":
+                minus, share, arm = re.fullmatch(r"(-?)([0-9.]+ )?(.*)", term).groups()
+                weights[arm] = float(minus + (share or "1"))
+            parts.append((claim, figure.split(" or "), weights, 1 if claimed[0] == ">" else -1,
+                          float(claimed[1:]), expected))
+        elif not line.startswith("#"):
             claim = line
     return parts
 
@@ -426,10 +414,6 @@ def table_of_arms(found, names, columns=COLUMNS):
                 for x in columns if all(x in arms[name] for arms in here))])
     return markdown(lines)
 
-def table_of_claims(found):
-    head = ["claim", "figure", "value", "seeds", "mean [95 %]", "claimed", "expected", "verdict"]
-    return markdown([head, *judge(found, (HERE / "claims.txt").read_text())])
-
 def curves(found, figure):
     """{arm: [(rate, mean, low, high)]} over the five seeds."""
     result = {}
@@ -441,22 +425,16 @@ def curves(found, figure):
                 result.setdefault(arm, []).append((rate, *interval(values)))
     return result
 
-def table_of_rates(found):
-    lines = [["arm: own order / best order / mul", *(f"{rate:g}" for rate in RATES)]]
-    each = [curves(found, figure) for figure in ("own order", "best order", "mul")]
-    for arm in each[0]:
-        cells = [{rate: f"{mean:.0f}" for rate, mean, *_ in curve[arm]} for curve in each]
-        lines.append([arm, *(" / ".join(cell.get(rate, "") for cell in cells)
-                             if rate in cells[0] else "" for rate in RATES)])
-    return markdown(lines)
-
 def report(options):
-    found = {seed: arms for seed, arms in load(options.folder)[0].items() if seed in TEN}
-    print("\n## Ten seeds\n\n" + table_of_arms(found, GROUPS["core"]))
-    print("\n## Claims\n\n" + table_of_claims(found))
-    print("\n## Rates\n\n" + table_of_rates(found))
-    print("\n## Sweeps\n\n" + table_of_arms(found, ("TABOM", *GROUPS["sweeps"]), COLUMNS[:6]))
-    bases = [arms["base"] for arms in found.values()]
+    found, _ = load(options.folder)
+    ten, five = ({seed: found[seed] for seed in some if seed in found} for some in (TEN, FIVE))
+    print("\n## Ten seeds\n\n" + table_of_arms(ten, GROUPS["core"]))
+    print("\n## Claims\n\n" + markdown([
+        ["claim", "figure", "value", "seeds", "mean [95 %]", "claimed", "expected", "verdict"],
+        *judge(ten, (HERE / "claims.txt").read_text())]))
+    print("\n## Rates, five seeds\n\n" + table_of_arms(five, GROUPS["rates"], COLUMNS[:6]))
+    print("\n## Sweeps\n\n" + table_of_arms(ten, ("TABOM", *GROUPS["sweeps"]), COLUMNS[:6]))
+    bases = [arms["base"] for arms in ten.values()]
     print("\n## The base\n\n" + markdown([["", "mean", "low", "high"], *(
         [name, *(f"{x:.2f}" for x in interval([base[name] for base in bases]))]
         for name in bases[0])]))
@@ -489,18 +467,14 @@ def main(arguments):
         prog="lab.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="groups of arms: " + ", ".join(GROUPS) + "\narms: " + ", ".join(
             (*tabom.ARMS, *ARMS)) + "; any with :setting=value,..")
-    parser.add_argument("do", choices=("run", "judge", "report", "draw"))
+    parser.add_argument("do", choices=("run", "report", "draw"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--arms", nargs="+", default=["core"], metavar="ARM")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     parser.add_argument("--folder", type=Path, default=HERE)
     options = parser.parse_args(arguments or ["--help"])
     try:
-        if options.do == "judge":
-            found, _ = load(options.folder)
-            print(table_of_claims({seed: found[seed] for seed in options.seeds or found}))
-        else:
-            {"run": run, "report": report, "draw": draw}[options.do](options)
+        {"run": run, "report": report, "draw": draw}[options.do](options)
     except (ValueError, OSError) as error:
         print(f"lab.py: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def seed(tmp_path_factory):
     solved = tabom.solved(toy.given_solutions(seed.queries, "own", seed.draws()))
     ranks = torch.stack([torch.randperm(12, generator=seed.draws().manual_seed(i))
                          for i in range(60)])
-    answers = lab.with_ranks(solved, ranks)
+    answers = replace(solved, decode_rank=ranks)
     seed.rollouts, seed.kept = (answers, torch.arange(60) % 3 == 0), answers[::3]
     return seed
 
@@ -49,7 +50,7 @@ def test_ranks_of_other_answers(seed):
     for row, rank in enumerate(lab.alike(seed).decode_rank):
         donor = (kept.decode_rank == rank).all(1).nonzero().item()
         assert c[donor] == c[row] and layout[donor] == layout[row]
-    assert lab.reversed_ranks(seed).decode_rank.equal(11 - kept.decode_rank)
+    assert lab.backwards(seed).decode_rank.equal(11 - kept.decode_rank)
 
 def test_answers_without_a_checker(seed):
     answers, right = seed.rollouts
@@ -102,7 +103,7 @@ def test_pass_at_k_counts_all_choices(monkeypatch, seed):
 
 def test_pairs_are_counted_by_distance(monkeypatch, seed):
     entropy = torch.arange(12.0).expand(20, 12).clone()
-    data = lab.with_ranks(seed.kept, torch.arange(12).expand(20, 12))
+    data = replace(seed.kept, decode_rank=torch.arange(12).expand(20, 12))
     entropy[:10, 1] = -1                         # in half of the rows the second is surest
     monkeypatch.setattr(tabom, "replay", lambda *_, **__: [(None, entropy)])
     found = lab.pairs_in_order(None, data)
@@ -117,7 +118,7 @@ def test_verdicts_and_claims():
                                    ((1, 2), -1, "refuted"), ((-1, 2), -1, "not shown")):
         assert lab.verdict(*bounds, sign, 0) == expected
     text = "# no\n1 text\n  mul | A - 0.5 B:x=1e-06 - C-d | < -5 | shown\n"
-    assert lab.claims(text) == [("1 text", ("mul",), {"A": 1, "B:x=1e-06": -0.5, "C-d": -1}, -1,
+    assert lab.claims(text) == [("1 text", ["mul"], {"A": 1, "B:x=1e-06": -0.5, "C-d": -1}, -1,
                                  -5, "shown")]
     figures = {"A": 0.0, "B:x=1e-06": 2.0, "C-d": 8.0}
     found = {seed: {arm: {"mul": value + (arm == "A") * seed} for arm, value in figures.items()}
@@ -154,7 +155,7 @@ def test_what_cannot_stand_together_is_refused(tmp_path, capsys):
     assert not (tmp_path / "figures" / "seed-5").exists()
     (copy := lab.path_of(tmp_path, 7, "No-SFT")).parent.mkdir()
     copy.write_text(lab.path_of(tmp_path, 3, "No-SFT").read_text())
-    assert lab.main(["judge", "--folder", str(tmp_path)]) == 2
+    assert lab.main(["report", "--folder", str(tmp_path)]) == 2
     copy.unlink()
     assert run(tmp_path, "--seeds", "3", "--arms", "DPO") == 2
     lines = capsys.readouterr().err.splitlines()
