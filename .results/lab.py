@@ -5,7 +5,7 @@
     python .results/lab.py run --arms rates --seeds 10 11 .. 14     20 minutes a seed
     python .results/lab.py run --arms sweeps --seeds 10 11 12       5 minutes a seed
     python .results/lab.py report                                   tables, verdicts on claims.txt
-    python .results/lab.py draw                                     rates.svg; needs matplotlib
+    python .results/pictures.py                                     rates.svg and film.svg
 
 `run` goes on where it was stopped: what is finished stands in figures/, one file for each seed and
 arm.  Several processes can share the work if no two have the same seed and arm; give each one
@@ -57,7 +57,6 @@ class Seed:
 
     @cached_property
     def rollouts(self):
-        """All answers of the base to the queries, and which are right."""
         return tabom.answer(self.base, self.queries, temperature=self.settings.temperature,
                             generator=tabom.random_stream(self.seed, "collect"))
 
@@ -143,7 +142,6 @@ ARMS = {  # name: what it learns from, by which loss, with which of the settings
 RATES = (1e-6, 2e-6, 3e-6, 5e-6, 7e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)
 TUNED = 1e-6                                     # of SFT-GT, chosen on seeds 100 to 103
 def at(name, rate):
-    """An arm's name at another rate; the paper's needs no mention."""
     return name if rate == 2e-5 else f"{name}{',' if ':' in name else ':'}learning_rate={rate:g}"
 
 CURVES = ("SFT-GT", "SFT-GT:style=own", "SFT-SD", "masking", "TABOM", "TABOM:margin=0.2")
@@ -170,7 +168,6 @@ def read(name, settings):
     return ARMS[arm], tabom.configure(own.split(",") if own else [], settings, names)
 
 def fine_tune(name, seed):
-    """As `tabom.fine_tune`, which trains the arms that it knows."""
     (source, loss_fn, names), own = read(name, seed.settings)
     if not callable(source):
         return tabom.fine_tune(name, seed.base, seed.kept, seed.queries, seed.settings, seed.seed)
@@ -188,9 +185,6 @@ def learn(name, seed, data, loss_fn, own):
     return model
 
 # == What is measured ==============================================================================
-
-def percent(right):
-    return 100 * right.float().mean().item()
 
 def measure(name, seed):
     """All figures of an arm: those of the demo and, for the arms of the core, some more."""
@@ -262,7 +256,7 @@ def measure_base(seed):
     kinds = {"own answers": seed.kept[:2000], "old style": old_solutions(seed)[:2000],
              **{f"{style} style": tabom.solved(toy.given_solutions(
                  seed.queries[:2000], style, seed.draws())) for style in ("own", "other")}}
-    return {"kept": len(seed.kept), "right of rollouts": percent(right),
+    return {"kept": len(seed.kept), "right of rollouts": 100 * right.float().mean().item(),
             **{f"own order {name}": toy.by_choices(pick, tabom.answer(model, pick, **order)[1])[
                 "2-5"] for name, order in orders.items()},
             **{f"nll {hidden} {kind}": nll(model, data, hidden, seed.draws())
@@ -286,7 +280,7 @@ def pairs_in_order(model, data):
             for second in range(first + 1, 12):
                 kind = "next" if first == n_visible else "later"
                 hits.setdefault(f"pairs in order, {kind}, {second - first} apart", []).append(
-                    percent(ordered[:, first] < ordered[:, second]))
+                    100 * (ordered[:, first] < ordered[:, second]).float().mean().item())
     return {kind: statistics.mean(values) for kind, values in sorted(hits.items())}
 
 # == Running and reading ===========================================================================
@@ -295,12 +289,13 @@ def path_of(folder, seed, name):
     return folder / "figures" / f"seed-{seed}" / f"{name.replace(':', ' ')}.json"
 
 def recipe(name, settings):
-    shared = {x: vars(settings)[x] for x in ("pretrain_updates", "queries", "temperature", "keep",
-                                             "test_problems", "split")}
-    return shared | ({} if name == "base" else vars(read(name, settings)[1]))
+    if name == "base":
+        return {x: vars(settings)[x] for x in ("pretrain_updates", "queries", "temperature", "keep",
+                                               "test_problems", "split")}
+    return vars(read(name, settings)[1])
 
 def load(folder):
-    """-> {seed: {arm: figures}} of all that is finished, and {(arm, split): recipe}."""
+    """-> {seed: {arm: figures}} of what is finished, {(arm, split): recipe}."""
     found, recipes = {}, {}
     for path in sorted((folder / "figures").glob("seed-*/*.json")):
         run = json.loads(path.read_text())
@@ -391,7 +386,7 @@ def judge(found, text):
                           f"{'>' if sign > 0 else '<'} {threshold:g}", expected, f"**{got}**"])
     return lines
 
-# == Reports and pictures ==========================================================================
+# == Reports ====================================================================================
 
 COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
            "pass@16 of 160", "right factors", "two a step", "TDS")
@@ -414,67 +409,37 @@ def table_of_arms(found, names, columns=COLUMNS):
                 for x in columns if all(x in arms[name] for arms in here))])
     return markdown(lines)
 
-def curves(found, figure):
-    """{arm: [(rate, mean, low, high)]} over the five seeds."""
-    result = {}
-    for arm in CURVES:
-        for rate in RATES:
-            values = [found[seed][at(arm, rate)][figure] for seed in FIVE
-                      if at(arm, rate) in found.get(seed, ())]
-            if len(values) >= 2:
-                result.setdefault(arm, []).append((rate, *interval(values)))
-    return result
-
 def report(options):
+    """Print every table of the page for which there are figures."""
     found, _ = load(options.folder)
     ten, five = ({seed: found[seed] for seed in some if seed in found} for some in (TEN, FIVE))
-    print("\n## Ten seeds\n\n" + table_of_arms(ten, GROUPS["core"]))
-    print("\n## Claims\n\n" + markdown([
-        ["claim", "figure", "value", "seeds", "mean [95 %]", "claimed", "expected", "verdict"],
-        *judge(ten, (HERE / "claims.txt").read_text())]))
-    print("\n## Rates, five seeds\n\n" + table_of_arms(five, GROUPS["rates"], COLUMNS[:6]))
-    print("\n## Sweeps\n\n" + table_of_arms(ten, ("TABOM", *GROUPS["sweeps"]), COLUMNS[:6]))
     bases = [arms["base"] for arms in ten.values()]
-    print("\n## The base\n\n" + markdown([["", "mean", "low", "high"], *(
-        [name, *(f"{x:.2f}" for x in interval([base[name] for base in bases]))]
-        for name in bases[0])]))
-
-def draw(options):
-    """rates.svg: right answers and what is forgotten against the learning rate."""
-    import matplotlib
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "tabom"                        # the same bytes each time
-    from matplotlib import pyplot
-    found, _ = load(options.folder)
-    figure, panels = pyplot.subplots(1, 3, figsize=(12, 4.5), sharex=True, layout="constrained")
-    for panel, name in zip(panels, ("own order", "best order", "mul")):
-        for arm, points in curves(found, name).items():
-            rates, means, lows, highs = zip(*points)
-            line, = panel.plot(rates, means, marker="o", markersize=3, label=arm)
-            panel.fill_between(rates, lows, highs, alpha=0.15, color=line.get_color())
-            if name == "best order":
-                sampled = curves(found, "best order, sampled")[arm]
-                panel.plot(rates, [mean for _, mean, *_ in sampled], linewidth=0.7,
-                           color=line.get_color())
-        panel.axvline(2e-5, color="grey", linestyle=":")
-        panel.set(xscale="log", title=name, xlabel="learning rate (dotted: the paper's)")
-    panels[0].set_ylabel("percent right, mean and 95 % interval")
-    panels[0].legend(fontsize=7)
-    figure.savefig(options.folder / "rates.svg", metadata={"Date": None})
+    for title, table in {
+            "Arms": table_of_arms(ten, GROUPS["core"]),
+            "Claims": markdown([["claim", "figure", "value", "seeds", "mean [95 %]", "claimed",
+                                 "expected", "verdict"],
+                                *judge(ten, (HERE / "claims.txt").read_text())]),
+            "Rates": table_of_arms(five, GROUPS["rates"], COLUMNS[:6]),
+            "Sweeps": table_of_arms(ten, GROUPS["sweeps"], COLUMNS[:6]),
+            "The base": markdown([["", "mean", "low", "high"], *(
+                [name, *(f"{x:.2f}" for x in interval([base[name] for base in bases]))]
+                for name in (bases[0] if len(bases) > 1 else ()))])}.items():
+        if table.count("\n") > 1:
+            print(f"\n## {title}\n\n{table}")
 
 def main(arguments):
     parser = argparse.ArgumentParser(
         prog="lab.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="groups of arms: " + ", ".join(GROUPS) + "\narms: " + ", ".join(
             (*tabom.ARMS, *ARMS)) + "; any with :setting=value,..")
-    parser.add_argument("do", choices=("run", "report", "draw"))
+    parser.add_argument("do", choices=("run", "report"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--arms", nargs="+", default=["core"], metavar="ARM")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     parser.add_argument("--folder", type=Path, default=HERE)
     options = parser.parse_args(arguments or ["--help"])
     try:
-        {"run": run, "report": report, "draw": draw}[options.do](options)
+        {"run": run, "report": report}[options.do](options)
     except (ValueError, OSError) as error:
         print(f"lab.py: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import lab
+import pictures
 import tabom
 import toy_data as toy
 
@@ -132,6 +133,12 @@ def test_every_claim_can_be_judged_from_the_arms_that_are_run():
     for claim, _, weights, *_ in lab.claims((lab.HERE / "claims.txt").read_text()):
         assert {*weights} <= run_here, claim
 
+def test_the_page_is_what_the_figures_give(capsys):
+    page = (lab.HERE / "README.md").read_text(encoding="utf-8")
+    assert lab.main(["report"]) == 0
+    tables = [part.strip() for part in capsys.readouterr().out.split("\n\n") if part[0] == "|"]
+    assert tables and all(table in page for table in tables)
+
 # ==== Nothing is lost, mixed or copied ============================================================
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path):
     arguments = ["--seeds", "3", "4", "--arms", "SFT-SD", "swapped"]
@@ -169,8 +176,21 @@ def test_pictures_come_out_the_same(tmp_path):
             figures = {figure: 50 + seed for figure in lab.COLUMNS}
             lab.save(lab.path_of(tmp_path, seed, name), {
                 "seed": seed, "arm": name, "figures": figures, "recipe": {"split": "test"}})
-    pictures = []
+    drawn = []
     for _ in range(2):
-        assert lab.main(["draw", "--folder", str(tmp_path)]) == 0
-        pictures.append((tmp_path / "rates.svg").read_bytes())
-    assert pictures[0] == pictures[1]
+        pictures.draw_rates(tmp_path)
+        drawn.append((tmp_path / "rates.svg").read_bytes())
+    assert drawn[0] == drawn[1]
+
+def test_the_film_says_from_when_on_no_right_answer_is_left():
+    """That of the front page: a 0 as the second digit of tens, 1.., fits neither 164 nor 205."""
+    problem = torch.tensor([toy.token(x) for x in "41x45b"] + [toy.MASK_ID] * 12)
+    wrong, right = (torch.tensor([*map(int, word)]) for word in ("205105551255", "205205552255"))
+    rank = torch.tensor([3, 8, 7, 1, 0, 2, 11, 4, 9, 5, 10, 6]).argsort()
+    assert pictures.last_hope(problem, wrong, rank) == 8
+    assert pictures.last_hope(problem, right, rank) is None
+    assert len(pictures.solutions(problem)) == 8
+    states = [torch.rand(12) for _ in range(12)]
+    svg = pictures.picture(problem, [("base", wrong, rank, states), ("TABOM", right, rank, states)])
+    assert svg.count("no right answer is left since step 8") == 5 and svg.count("<animate ") == 13
+    assert "41 x a factor of your own choice, digits from 4 to 5" in svg

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""film.svg: how the base and TABOM wrote one answer, side by side, as an animated picture.
+"""Pictures of what the lab has measured.  Drawn again, they are the same, byte for byte.
 
-    python .results/film.py 10        seed 10; half a minute if bases/ holds its base
+    python .results/pictures.py            rates.svg and film.svg
+
+rates.svg, right answers and what is forgotten against the learning rate, needs matplotlib.
+film.svg, how base and TABOM of seed 10 wrote one answer, takes a minute if bases/ holds the base.
 """
-import sys
-
 import torch
 
 import lab
+from lab import CURVES, FIVE, RATES, at, interval, load
 import tabom
 import toy_data as toy
 
@@ -21,6 +23,43 @@ STYLE = """
   @media (prefers-color-scheme: dark) { text { fill: #f0f6fc } .faint { fill: #9198a1 }
   .shade { fill: #4493f8 } .new { stroke: #f0883e } .bad { fill: #ff7b72 } .good { fill: #56d364 } }
 """
+
+# == The rates =====================================================================================
+
+def curves(found, figure):
+    """{arm: [(rate, mean, low, high)]} over the five seeds."""
+    result = {}
+    for arm in CURVES:
+        for rate in RATES:
+            values = [found[seed][at(arm, rate)][figure] for seed in FIVE
+                      if at(arm, rate) in found.get(seed, ())]
+            if len(values) >= 2:
+                result.setdefault(arm, []).append((rate, *interval(values)))
+    return result
+
+def draw_rates(folder):
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "tabom"                        # the same bytes each time
+    from matplotlib import pyplot
+    found, _ = load(folder)
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 4.5), sharex=True, layout="constrained")
+    for panel, name in zip(panels, ("own order", "best order", "mul")):
+        for arm, points in curves(found, name).items():
+            rates, means, lows, highs = zip(*points)
+            line, = panel.plot(rates, means, marker="o", markersize=3, label=arm)
+            panel.fill_between(rates, lows, highs, alpha=0.15, color=line.get_color())
+            if name == "best order":
+                sampled = curves(found, "best order, sampled")[arm]
+                panel.plot(rates, [mean for _, mean, *_ in sampled], linewidth=0.7,
+                           color=line.get_color())
+        panel.axvline(2e-5, color="grey", linestyle=":")
+        panel.set(xscale="log", title=name, xlabel="learning rate (dotted: the paper's)")
+    panels[0].set_ylabel("percent right, mean and 95 % interval")
+    panels[0].legend(fontsize=7)
+    figure.savefig(folder / "rates.svg", metadata={"Date": None})
+
+# == The film ======================================================================================
 
 def solutions(problem):
     """Every right answer to a prompt of pick, (n, 12), in both styles."""
@@ -100,7 +139,7 @@ def picture(problem, panels):
             f'width="{width}" role="img" aria-label="The base and TABOM write one answer each">'
             f"<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n")
 
-def main(number):
+def draw_film(number):
     seed = lab.Seed(number, lab.HERE, tabom.Settings())
     pick, films = seed.tests["pick"], []
     tuned = lab.fine_tune("TABOM", seed)
@@ -115,4 +154,5 @@ def main(number):
     (lab.HERE / "film.svg").write_text(picture(pick[row], films))
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    draw_film(10)
+    draw_rates(lab.HERE)
