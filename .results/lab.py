@@ -8,10 +8,10 @@
     python .results/pictures.py                                     rates.svg and film.svg
 
 `run` goes on where it was stopped: what is finished stands in figures/, one file for each seed and
-arm.  Several processes can share the work if no two have the same seed and arm; give each one
-thread (OMP_NUM_THREADS=1) on a core of its own.  bases/ holds the weights of the bases; without it
-they are trained again, three minutes each.  An arm of the lab is a line as in tabom.py, with more
-to learn from; arms that tabom.py knows are trained by it.
+arm.  Several processes can share the work if no two have the same seed; give each one thread
+(OMP_NUM_THREADS=1) on a core of its own.  bases/ holds the weights of the bases; without it they
+are trained again, three minutes each.  An arm of the lab is a line as in tabom.py, with more to
+learn from; arms that tabom.py knows are trained by it.
 """
 import argparse
 import copy
@@ -21,6 +21,7 @@ import os
 import re
 import statistics
 import sys
+import unittest.mock
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -99,8 +100,7 @@ def swapped(seed):
 
 def alike(seed):
     """The ranks of another right answer, to a prompt with the same layout and c."""
-    prompt = seed.kept.prompt
-    return ranks_of_others(seed, 10 * prompt[:, -1] + toy.n_choices(prompt))
+    return ranks_of_others(seed, 10 * seed.kept.prompt[:, -1] + toy.n_choices(seed.kept.prompt))
 
 def backwards(seed):
     kept = seed.kept
@@ -114,16 +114,18 @@ def unchecked(seed, rows=slice(None)):
 def wrong(seed):
     return unchecked(seed, ~seed.rollouts[1])
 
-def old_solutions(seed):
-    """Given solutions in the style of commit 3fd7132: each row of working, 85 x 7 and 85 x 4, needs
-    both digits of the factor, and so teaches that the working comes after it."""
-    solutions = toy.given_solutions(seed.queries, "own", seed.draws())
-    first, factor = toy.read_number(solutions[:, :2]), toy.read_factor(solutions)
+def solve_old(rows, factor):
+    """Rows in the style of commit 3fd7132: each row of working, 85 x 7 and 85 x 4, needs both
+    digits of the factor, and so teaches that the working comes after it."""
+    first = toy.read_number(rows[:, :2])
     in_layout_a = torch.cat([toy.digits(first * factor, 4), toy.digits(factor, 2),
                              toy.digits(first % 10 * factor, 3),
                              toy.digits(first // 10 * factor, 3)], 1)
-    response = in_layout_a.gather(1, toy.columns_of(solutions))
-    return tabom.solved(torch.cat([solutions[:, :toy.PROMPT_LENGTH], response], 1))
+    return torch.cat([rows[:, :toy.PROMPT_LENGTH], in_layout_a.gather(1, toy.columns_of(rows))], 1)
+
+def old_solutions(seed):
+    solutions = toy.given_solutions(seed.queries, "own", seed.draws())
+    return tabom.solved(solve_old(solutions, toy.read_factor(solutions)))
 
 def with_replay(seed):
     """Given solutions in the other style, and a fifth of rows from the corpus."""
@@ -188,16 +190,28 @@ def learn(name, seed, data, loss_fn, own):
 
 def measure(name, seed):
     """All figures of an arm: those of the demo and, for the arms of the core, some more."""
-    figures, model, answers, right = tabom.evaluate(fine_tune(name, seed), seed.tests, seed.seed)
-    by_c = figures.pop("by c")
-    figures |= {f"c = {c}": value for c, value in by_c.items()}
-    figures["c = 5 - 2"] = by_c["5"] - by_c["2"]
-    if name in GROUPS["core"]:
-        pick = seed.tests["pick"]
-        two_a_step = tabom.answer(model, pick, tokens_per_step=2)[1]
-        figures["two a step"] = toy.by_choices(pick, two_a_step)["2-5"]
-        figures |= pass_at(model, pick, seed.seed) | why(model, pick, answers)
+    model, pick = fine_tune(name, seed), seed.tests["pick"]
+    checker = partial(is_correct, also_old=name.startswith("SFT-GT-old"))
+    with unittest.mock.patch.object(toy, "is_correct", checker):
+        figures, _, answers, _ = tabom.evaluate(model, seed.tests, seed.seed)
+        by_c = figures.pop("by c")
+        figures |= {f"c = {c}": value for c, value in by_c.items()}
+        figures["c = 5 - 2"] = by_c["5"] - by_c["2"]
+        if name in GROUPS["core"]:
+            two_a_step = tabom.answer(model, pick, tokens_per_step=2)[1]
+            figures["two a step"] = toy.by_choices(pick, two_a_step)["2-5"]
+            figures |= pass_at(model, pick, seed.seed) | why(model, pick, answers)
     return figures
+
+def is_correct(rows, also_old, checker=toy.is_correct):
+    """The toy's checker; what has learned the old style may also answer in it."""
+    right = checker(rows)
+    if also_old:
+        factor = toy.read_factor(rows)
+        with_own = toy.solve(rows, factor.clamp(min=0))                  # is the factor allowed?
+        right |= checker(with_own) & (rows == solve_old(rows, factor)).all(1) & (
+            rows[:, 2] == toy.token("x"))
+    return right
 
 def pass_at(model, pick, seed, prompts=40, samples=16):
     """Percent of prompts with a right answer among k of 16, for c = 2 to 5: all choices of k."""
@@ -209,18 +223,12 @@ def pass_at(model, pick, seed, prompts=40, samples=16):
         for k in (1, 4, 16)}
 
 def why(model, pick, answers):
-    """When the factor is written (0 = first), and the entropy gap before any and after 3 writes."""
+    """When the first digit of the factor is written (0: first of all); entropy gap at the start."""
     chooses = toy.n_choices(pick) > 1
-    pick, answers = pick[chooses], answers[chooses]
-    factor = toy.is_factor(pick)
-    rank = answers.decode_rank.masked_fill(~factor, 99).amin(1)
-    found = {"turn of the factor": rank.float().mean().item()}
-    states = list(tabom.replay(model, answers, mask_id=toy.MASK_ID))
-    for n_visible in (0, 3):
-        masked, entropy = states[n_visible]
-        gap = toy.entropy_gap(pick, entropy.masked_fill(~masked, torch.inf))
-        found[f"gap after {n_visible}"] = gap[gap.isfinite()].mean().item()
-    return found
+    rank = answers.decode_rank.masked_fill(~toy.is_factor(pick), 99).amin(1)
+    _, entropy = next(tabom.replay(model, answers, mask_id=toy.MASK_ID))
+    return {"turn of the factor": rank[chooses].float().mean().item(),
+            "gap at the start": toy.entropy_gap(pick, entropy)[chooses].mean().item()}
 
 def by_table(table):
     """An order for `decode` that writes by a number for each layout (3) and position (12)."""
@@ -288,43 +296,39 @@ def pairs_in_order(model, data):
 def path_of(folder, seed, name):
     return folder / "figures" / f"seed-{seed}" / f"{name.replace(':', ' ')}.json"
 
+SHARED = ("pretrain_updates", "queries", "temperature", "keep", "test_problems", "split")
 def recipe(name, settings):
-    if name == "base":
-        return {x: vars(settings)[x] for x in ("pretrain_updates", "queries", "temperature", "keep",
-                                               "test_problems", "split")}
-    return vars(read(name, settings)[1])
+    """Its name says what is special about an arm; `settings` only what all arms share."""
+    settings = tabom.Settings(**{x: vars(settings)[x] for x in SHARED})
+    own = settings if name == "base" else read(name, settings)[1]
+    return {x: vars(own)[x] for x in (SHARED if name == "base" else vars(own))}
 
-def load(folder):
-    """-> {seed: {arm: figures}} of what is finished, {(arm, split): recipe}."""
-    found, recipes = {}, {}
-    for path in sorted((folder / "figures").glob("seed-*/*.json")):
+def load(folder, settings=None):
+    """-> {seed: {arm: figures}} of what is finished; all of it by one recipe, that of settings."""
+    found = {}
+    for path in sorted((folder / "figures").glob("seed-*/[!.]*.json")):
         run = json.loads(path.read_text())
         tabom.require(path == path_of(folder, run["seed"], run["arm"]),
                       f"{path} holds seed {run['seed']}, {run['arm']}: a copy? Remove it.")
-        check(recipes, run["arm"], run["recipe"], path)
+        settings = settings or tabom.Settings(**{x: run["recipe"][x] for x in SHARED})
+        tabom.require(run["recipe"] == recipe(run["arm"], settings), f"{path} was made by another "
+                      f"recipe, {run['recipe']}: use another --folder.")
         found.setdefault(run["seed"], {})[run["arm"]] = run["figures"]
-    return found, recipes
-
-def check(recipes, name, recipe, path):
-    known = recipes.setdefault((name, recipe["split"]), recipe)
-    tabom.require(known == recipe, f"{path}: the same arm stands in this folder with another recipe"
-                  f" ({known}): use another --folder.")
+    return found
 
 def run(options):
     settings = tabom.configure(["test_problems=1000", *options.set])
     names = [x for name in ("base", *options.arms) for x in GROUPS.get(name, [name])]
-    own = {name: recipe(name, settings) for name in names}               # refuses what is no arm
-    for seed in options.seeds:
-        shared = Seed(seed, options.folder, settings)
-        for name in own:
-            path, (found, recipes) = path_of(options.folder, seed, name), load(options.folder)
-            check(recipes, name, own[name], path)
-            if name in found.get(seed, {}):
-                continue
-            figures = measure_base(shared) if name == "base" else measure(name, shared)
-            save(path, {"seed": seed, "arm": name, "recipe": own[name], "figures": figures,
-                        "torch": torch.__version__, "threads": torch.get_num_threads()})
-            print(f"seed {seed}, {name}: {figures.get('own order', '')}", flush=True)
+    recipes = {name: recipe(name, settings) for name in names}           # refuses what is no arm
+    for number in options.seeds:
+        seed = Seed(number, options.folder, settings)
+        for name in recipes:
+            if name not in load(options.folder, settings).get(number, {}):
+                figures = measure_base(seed) if name == "base" else measure(name, seed)
+                save(path_of(options.folder, number, name), {
+                    "seed": number, "arm": name, "recipe": recipes[name], "figures": figures,
+                    "torch": torch.__version__, "threads": torch.get_num_threads()})
+                print(f"seed {number}, {name}: {figures.get('own order', '')}", flush=True)
 
 # == Claims ========================================================================================
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)   # 95 %, n = 2 .. 10
@@ -362,28 +366,25 @@ def verdict(low, high, sign, threshold):
     return "refuted" if best < sign * threshold else "not shown"
 
 def judge(found, text):
-    """{seed: {arm: figures}} -> rows of a table, each part over the seeds that have what it needs;
-    of two figures the one that is nearer to being shown."""
+    """{seed: {arm: figures}} -> rows of a table, each part over the seeds that have what it needs.
+    Of a part with two figures both are told; the verdict is that of the better one."""
     lines = []
     for claim, figures, weights, sign, threshold, expected in claims(text):
-        results = []
+        means, verdicts, n = [], ["not measured"], 0
         for figure in figures:
             values = []
             for _, arms in sorted(found.items()):
-                try:
+                if all(arm in arms or f"{figure} {arm}" in arms.get("base", ()) for arm in weights):
                     values.append(sum(weight * figure_of(arms, arm, figure)
                                       for arm, weight in weights.items()))
-                except KeyError:                 # not measured on this seed
-                    pass
             if len(values) >= 2:
-                mean, low, high = interval(values)
-                results.append((sign * (low if sign > 0 else high), figure, len(values), mean, low,
-                                high, verdict(low, high, sign, threshold)))
-        if results:
-            _, figure, n, mean, low, high, got = max(results)
-            what = " ".join(f"{weight:+g} {arm}" for arm, weight in weights.items())
-            lines.append([claim, figure, what, n, f"{mean:.2f} [{low:.2f}, {high:.2f}]",
-                          f"{'>' if sign > 0 else '<'} {threshold:g}", expected, f"**{got}**"])
+                n, (mean, low, high) = len(values), interval(values)
+                means.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
+                verdicts.append(verdict(low, high, sign, threshold))
+        best = max(verdicts, key=("not measured", "refuted", "not shown", "shown").index)
+        lines.append([claim, " or ".join(figures), " ".join(f"{weight:+g} {arm}" for arm, weight in
+                                                             weights.items()), n, "; ".join(means),
+                      f"{'>' if sign > 0 else '<'} {threshold:g}", expected, f"**{best}**"])
     return lines
 
 # == Reports ====================================================================================
@@ -406,12 +407,12 @@ def table_of_arms(found, names, columns=COLUMNS):
                                         for arms in here])
             lines.append([name, len(here), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", *(
                 f"{statistics.mean(arms[name][x] for arms in here):.{3 if x == 'TDS' else 1}f}"
-                for x in columns if all(x in arms[name] for arms in here))])
+                if all(x in arms[name] for arms in here) else "" for x in columns)])
     return markdown(lines)
 
 def report(options):
     """Print every table of the page for which there are figures."""
-    found, _ = load(options.folder)
+    found = load(options.folder)
     ten, five = ({seed: found[seed] for seed in some if seed in found} for some in (TEN, FIVE))
     bases = [arms["base"] for arms in ten.values()]
     for title, table in {

@@ -42,7 +42,7 @@ def draw_rates(folder):
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "tabom"                        # the same bytes each time
     from matplotlib import pyplot
-    found, _ = load(folder)
+    found = load(folder)
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 4.5), sharex=True, layout="constrained")
     for panel, name in zip(panels, ("own order", "best order", "mul")):
         for arm, points in curves(found, name).items():

@@ -71,6 +71,10 @@ def test_old_solutions_and_replay(seed):
         first, factor = int(text[:2]), int(fields["f"])
         assert (int(fields["p"]), int(fields["u"]), int(fields["t"])) == (
             first * factor, first % 10 * factor, first // 10 * factor)
+    old = tabom.rows_of(lab.old_solutions(seed))
+    spoiled = torch.cat([old[:, :17], (old[:, 17:] + 1) % 10], 1)
+    assert lab.is_correct(old, True).all() and not lab.is_correct(spoiled, True).any()
+    assert lab.is_correct(old, False).equal(toy.is_correct(old)) and not toy.is_correct(old).all()
     replay = lab.with_replay(seed)
     assert len(replay) == 75 and toy.is_correct(tabom.rows_of(replay)).all()
 
@@ -126,6 +130,12 @@ def test_verdicts_and_claims():
              for seed in (0, 1, 2)} | {9: {"base": {}}}                  # one that has nothing
     line, = lab.judge(found, text)
     assert line[3:5] == [3, "-8.00 [-10.48, -5.52]"] and line[-1] == "**shown**"
+    text = "1 text\n  mul or add | A - C-d | < -4 | shown\n  mul | A - D | < -5 | shown\n"
+    for seed in (0, 1, 2):                       # the better of two figures; one that is lacking
+        found[seed]["A"]["add"], found[seed]["C-d"]["add"] = 0.0, 0.0 + seed / 100
+    either, lacking = lab.judge(found, text)
+    assert either[-1] == "**shown**" and either[4].count("[") == 2
+    assert lacking[3:5] == [0, ""] and lacking[-1] == "**not measured**"
 
 def test_every_claim_can_be_judged_from_the_arms_that_are_run():
     run_here = {*itertools.chain(*lab.GROUPS.values()), "prior", "contrast prior", "own answers",
@@ -175,7 +185,8 @@ def test_pictures_come_out_the_same(tmp_path):
         for name in lab.GROUPS["rates"]:
             figures = {figure: 50 + seed for figure in lab.COLUMNS}
             lab.save(lab.path_of(tmp_path, seed, name), {
-                "seed": seed, "arm": name, "figures": figures, "recipe": {"split": "test"}})
+                "seed": seed, "arm": name, "figures": figures,
+                "recipe": lab.recipe(name, tabom.Settings())})
     drawn = []
     for _ in range(2):
         pictures.draw_rates(tmp_path)
