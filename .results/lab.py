@@ -387,8 +387,7 @@ def judge(found, text):
                       f"{'>' if sign > 0 else '<'} {threshold:g}", expected, f"**{best}**"])
     return lines
 
-# == Reports ====================================================================================
-
+# == Reports ========================================================================================
 COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
            "pass@16 of 160", "right factors", "two a step", "TDS")
 TEN, FIVE = range(10, 20), range(10, 15)
