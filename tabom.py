@@ -11,19 +11,19 @@ unofficial) trains on the states that the model itself passed through on its way
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
     3. keep the answers that a checker accepts: the checker is yours
     4. rebuild a state on the way to such an answer, train on what came next       (Eq. 9, term 1)
-    5. and rank: what was written earlier should have the lower entropy, be surer  (Eq. 7-8)
+    5. and rank: what was written earlier should be surer, have the lower entropy  (Eq. 7-8)
+       so that decoding, which writes first what it is surest of, repeats that order
 
 A *trajectory* is an answer with the rank of each position: when it was written.  A *cut* shows what
-was written first and hides the rest; the *window* is the next W tokens.  Training as usual cuts a
-random order and learns all that it hides; *trajectory masking*, step 4 alone, cuts the recorded
-order and learns the window; TABOM does that, and also ranks what comes next, the window.
+was written before some moment and hides the rest.  The *window* is what was written next, W tokens.
+Training as usual is a cut of a random order; it learns all that is hidden.  *Trajectory masking*,
+step 4 alone, is a cut of the recorded order; it learns the window.  TABOM also ranks the window.
 
-    python tabom.py --demo            all of it on arithmetic, beside other ways of training
-    python tabom.py --demo --quick    the same chain in a minute, only to see that it runs
+    python tabom.py --demo    all of it on arithmetic, four minutes on a laptop; see also --help
 
 A model is any callable from tokens (B, L+N) to logits (B, L+N, V) that sees both sides of a token
-(no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary, D
-width, K the number of True in a boolean (B, N), all rows together.  Entropies are in nats.
+(no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary; K
+chosen positions, of all rows together.  Entropies are in nats.
 """
 # ==== The method begins here: copy sections 1-7.  They need nothing but torch and your model. =====
 from dataclasses import dataclass
@@ -51,11 +51,11 @@ class Trajectories:
     decode_rank: Tensor
 
     def __post_init__(self):
-        prompt, response, rank = (tuple(field.shape) for field in vars(self).values())
-        require(len(prompt) == len(response) == 2 and prompt[0] == response[0] and rank == response
+        p, r, ranks = (tuple(field.shape) for field in vars(self).values())
+        require(len(p) == len(r) == 2 and p[0] == r[0] and r == ranks
                 and all(x.dtype == torch.int64 for x in vars(self).values()), "prompt (B, L), "
-                f"response (or given), rank (B, N) must be int64: {prompt}, {response}, {rank}.")
-        place = torch.arange(rank[1], device=self.response.device) - rank[1]           # -N .. -1
+                f"response (or given), rank (B, N) must be int64, not {p}, {r}, {ranks}.")
+        place = torch.arange(r[1], device=self.response.device) - r[1]                 # -N .. -1
         sorted_rank = (place + self.n_decoded[:, None]).clamp(min=-1)
         require(self.decode_rank.sort(1).values.equal(sorted_rank),
                 "decode_rank must hold 0 .. n-1 once each in every row, and -1 elsewhere.")
@@ -184,7 +184,7 @@ def decode(model, prompt, response_length, *, mask_id, order=by_entropy, tokens_
     block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
     generator        seeds what is sampled; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and mask_id where to decode
-    Call network.eval() first.  A row with nothing to decode stays as it is.  Raises ValueError."""
+    Dropout must be off: call eval().  A row with nothing to decode stays as it is.  ValueError."""
     shape = (len(prompt), response_length)
     block_length = response_length if block_length is None else block_length
     check_decoding(mask_id, response_length, tokens_per_step, block_length, temperature)
@@ -220,12 +220,12 @@ def pick_tokens(logits, temperature, generator):
     return (below_best / temperature).softmax(-1).multinomial(1, generator=generator).squeeze(1)
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: ideally a state, a set of written tokens, has a probability proportional to
-# exp(-beta * E), E the sum of the entropies that its tokens had just before their writing.  Write r
-# or s next: in the ratio of the two, exp(-beta (h(r) - h(s))), the normaliser cancels.  If r was
-# written first the ratio should exceed 1: h(r) < h(s) (Lemma 1).  We ask for a gap of gamma nats,
-# into which beta goes.  Circular, as entropy set the order?  No: only the next token is the surest
-# at a cut by construction.  Later ones were chosen in later states: to foresee that is the lesson.
+# Boltzmann: let a state, a set of written tokens, have a probability in proportion to exp(-beta E),
+# E the sum of the entropies that its tokens had just before their writing, beta > 0.  Write r or s
+# next: the ratio of the probabilities of these two states, exp(-beta (h(r) - h(s))), exceeds 1 if
+# h(r) < h(s) (Lemma 1).  If r was written first, this is what we want, by a margin of gamma nats.
+# Circular, as entropy set the order?  No: at a cut only the next token is the surest by definition.
+# Later ones were chosen in later states, which the model must foresee; and we keep right answers.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -253,7 +253,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size in tokens (paper: 32 of 256); margin in nats (0.2); rank_weight (1); n_visible (B,):
-    where to cut, 0 .. n-1; by default drawn (if steps wrote several tokens, cut between steps)."""
+    where to cut, 0 .. n-1; by default drawn, even inside a step that wrote several tokens."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -267,11 +267,11 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                   "pair_accuracy": pair_accuracy}
 
 # == 6. Training as usual (Eq. 1) ==================================================================
-# Pretraining: cut a random order, learn all that is hidden.  It sees all states, decoding only few.
+# Pretraining: cut a random order, learn all that is hidden.  Decoding visits few of these states.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
     """Eq. 1, the negative evidence lower bound: the mean of -log p over the hidden positions of a
-    row, 1 .. n equally often, then over rows.  Plain text: steps of 0 in `from_steps`."""
+    row, 1 .. n equally often, then over rows.  Text without order: steps of 0 in `from_steps`."""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
     log_p = predict(model, trajectories, masked, masked, mask_id)        # (K, V)
@@ -284,12 +284,12 @@ def shuffled(decode_rank, generator=None):
     never = decode_rank < 0
     return rank_in_row(draw.masked_fill(never, torch.inf)).masked_fill(never, -1)
 
-# == 7. All of it: collect, check, keep, and train =================================================
+# == 7. All of it: collect, check, keep, and train (a minimal loop; the demo has a longer one) =====
 
 def post_train(model, prompts, is_right, optimizer, *, response_length, mask_id, temperature,
                epochs, batch_size, generator=None, **settings):
     """Train a pretrained model on its own right answers to prompts (B, L) -> metrics per update.
-    is_right(rollouts) -> (B,) bool: your checker; settings: for tabom_loss; call network.eval()."""
+    is_right(rollouts) -> (B,) bool: your checker; settings: for tabom_loss.  Call eval() first."""
     require_size("epochs", epochs)               # all is checked before anything is decoded
     require_size("batch_size", batch_size)
     check_loss(**settings)
@@ -342,7 +342,6 @@ import copy
 import inspect
 import json
 import math
-import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -377,8 +376,8 @@ def discrimination_score(states):
     return torch.cat(scores).mean()                                      # Eq. 11
 
 # == 9. The rivals =================================================================================
-# Losses of the same form, to be copied with the block.  Two rivals are `nelbo_loss`: SFT-GT on
-# given solutions (ground truth), SFT-SD on the model's own right answers (self-distilled).
+# Losses of the same form; they need the block.  Two rivals are `nelbo_loss`: SFT-GT on given
+# solutions (ground truth), SFT-SD on the model's own right answers (self-distilled).
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is written until a later one.
@@ -393,13 +392,10 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     return loss, {"nll": loss.detach()}
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
-    """T3D (arXiv 2602.12262): prefer the recorded tokens x0 to y^, what a reference would write.
-    With l(y) = mean log p(y) over the masked tokens of a random cut, and L_path = the mean of their
-    -log p(x0), weighted from 1 for the next one linearly down to 1/n_masked for the last:
-    L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path.
-    (Released: equal weights, cuts by block, 10 % random tokens.)  reference: see `LaggedCopy`."""
-    for name, weight in (("a", a), ("b", b), ("c", c)):
-        require_amount(name, weight)
+    """T3D (arXiv 2602.12262): prefer the recorded tokens x0 to y^, the likeliest of a reference
+    (`LaggedCopy`).  With l(y) = mean log p(y) over what a cut of the recorded order hides, and
+    L_path = the mean of -log p(x0), weighted from 1 for the next one linearly to 1/n_masked:
+    L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path."""
     rank, n = trajectories.decode_rank, trajectories.n_decoded
     masked, _ = cut(rank, draw_below(n, generator))
     log_p = predict(model, trajectories, masked, masked, mask_id)        # (K, V)
@@ -430,15 +426,18 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
+# Arms are the ways of training that are compared.  The toy (toy_data.py) has three tasks: `pick`,
+# 47 times a number of your own choice, its c possible digits given, with the working; `mul`, the
+# number is given; and `add`.  Arms learn from pick.  Of the other two one sees what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
     batch_size: int = 32              # as in the paper
     epochs: int = 5                   # as in the paper
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
-    margin: float = 1.0               # gamma, nats: above the entropy gap (paper: 0.1 to 0.3)
+    margin: float = 1.0               # gamma, nats; more than the gap of step 2 (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions; "own" is the style of the corpus
+    style: str = "other"              # of given solutions: foreign, or "own", that of the corpus
     pretrain_updates: int = 4500      # then nearly all is right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
@@ -454,7 +453,7 @@ ARMS = {  # name: what it learns from, by which loss, with which of the settings
     "SFT-SD": ("own answers", nelbo_loss, []),
     "dInfer": ("own answers", dinfer_loss, []),
     "T3D": ("own answers", t3d_loss, []),
-    "masking": ("own answers", partial(tabom_loss, margin=0, rank_weight=0), ["window_size"]),
+    "masking": ("own answers", partial(tabom_loss, rank_weight=0), ["window_size", "margin"]),
     "TABOM": ("own answers", tabom_loss, ["window_size", "margin", "rank_weight"]),
     "shuffled": ("shuffled ranks", tabom_loss, ["window_size", "margin", "rank_weight"]),
 }
@@ -467,12 +466,14 @@ def configure(assignments, settings=Settings(), names=tuple(vars(Settings()))):
     for name, _, text in (assignment.partition("=") for assignment in assignments):
         require(name in names, f"{name!r} is not a setting here, only {', '.join(names)}.")
         kind, words = type(vars(settings)[name]), WORDS.get(name)
-        allowed = " or ".join(words) if words else f"{kind.__name__}, from {kind is int:d} to 1e6"
+        lowest = 1 if kind is int else 0
+        allowed = " or ".join(words) if words else f"{kind.__name__}, from {lowest} to 1e6"
         try:
             values[name] = kind(text)
-            require(text in words if words else (kind is int) <= values[name] <= 1e6, "")
+            fits = text in words if words else lowest <= values[name] <= 1e6
         except ValueError:
-            raise ValueError(f"{name} must be {allowed}, not {text!r}.") from None
+            fits = False
+        require(fits, f"{name} must be {allowed}, not {text!r}.")
     return replace(settings, **values)
 
 def read_arm(name, settings):
@@ -483,10 +484,10 @@ def read_arm(name, settings):
     return ARMS[arm], configure(own.split(",") if own else [], settings, names)
 
 # == 11. The denoiser ==============================================================================
-# A plain bidirectional transformer.  No time input: the mask pattern says how much is left to do.
 
 class Denoiser(nn.Module):
-    """tokens (B, L+N) int64 -> logits (B, L+N, V).  [MASK] is token V, an input without output."""
+    """A plain bidirectional transformer: tokens (B, L+N) int64 -> logits (B, L+N, V).  [MASK] is
+    token V, an input without output.  It gets no diffusion time: the masks say how much is left."""
     def __init__(self, vocabulary_size, length, layers=3, width=96, heads=4):
         super().__init__()
         self.token = nn.Embedding(vocabulary_size + 1, width)
@@ -501,7 +502,7 @@ class Denoiser(nn.Module):
                 nn.init.normal_(weight, std=0.05 if "blocks" in name else 0.1)
 
     def forward(self, tokens):
-        x = self.token(tokens) + self.position.weight[:tokens.shape[1]]  # (B, L+N, D)
+        x = self.token(tokens) + self.position.weight[:tokens.shape[1]]  # (B, L+N, width)
         return self.head(self.blocks(x))         # (B, L+N, V); no causal mask: both sides are seen
 
 # == 12. One training loop for pretraining and for every arm =======================================
@@ -518,7 +519,7 @@ def train(model, data, batches, loss_fn, optimizers, decay, seed, label):
     def rate(update):
         return min((update + 1) / 50, decay(max(0, update - 50) / max(1, len(batches) - 50)))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    masks = random_stream(seed, "masks", data.response.device)
+    masks, since = random_stream(seed, "masks", data.response.device), []
     model.train()
     for update, rows in enumerate(batches.to(data.response.device), start=1):
         loss, metrics = loss_fn(model, data[rows], mask_id=toy.MASK_ID, generator=masks)
@@ -527,9 +528,11 @@ def train(model, data, batches, loss_fn, optimizers, decay, seed, label):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in (*optimizers, *schedules):
             stepper.step()
+        since.append(metrics)
         if update % math.ceil(len(batches) / 4) == 0 or update == len(batches):
-            values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            say(f"    {label}, update {update}: {values}")
+            say(f"    {label}, update {update}: " + ", ".join(
+                f"{name} {sum(x[name] for x in since) / len(since):.3f}" for name in metrics))
+            since.clear()
     model.eval()
 
 def pretrain(corpus, odds, updates, seed):
@@ -550,7 +553,8 @@ def pretrain(corpus, odds, updates, seed):
 def fine_tune(name, base, kept, queries, settings, seed):
     """A copy of the base that has learned what an arm learns: AdamW, warm-up, cosine decay, as in
     the paper, and for each arm as many updates as `epochs` passes over the kept answers take."""
-    model, ((source, loss_fn, names), own) = copy.deepcopy(base), read_arm(name, settings)
+    (source, loss_fn, names), own = read_arm(name, settings)
+    model = copy.deepcopy(base)
     if loss_fn is None:
         return model
     draws, order = random_stream(seed, "data", queries.device), random_stream(seed, "batches")
@@ -596,10 +600,10 @@ def evaluate(model, tests, seed):
     some = toy.first_of_each(choosing, 20).repeat_interleave(16, 0)
     answers, right = answer(model, pick)
     samples, sampled = answer(model, some, **sampling())
-    best, best_sampled = (answer(model, choosing, order=toy.best_order, **temperature)[1]
-                          for temperature in ({}, sampling()))
+    best = answer(model, choosing, order=toy.best_order)[1]
+    best_sampled = answer(model, choosing, order=toy.best_order, **sampling())[1]
     by_c = toy.by_choices(pick, right)
-    states = replay(model, answers[::4], mask_id=toy.MASK_ID)
+    states = replay(model, answers[::4], mask_id=toy.MASK_ID)            # of each fourth answer
     return {"own order": by_c.pop("2-5"), "sampled": percent(sampled),
             "best order": percent(best), "best order, sampled": percent(best_sampled),
             **{domain: percent(answer(model, tests[domain])[1]) for domain in ("mul", "add")},
@@ -610,15 +614,12 @@ def evaluate(model, tests, seed):
 # == 14. The demo: the paper's five steps ==========================================================
 
 def compare(runs):
-    """[{arm: figures} of each seed] -> the table of means: the base, and what each arm changes."""
-    lines, base = [["", *(name.split(", ")[-1] for name in toy.FIGURES)]], None
-    for arm in runs[0]:
-        mean = {name: sum(run[arm][name] for run in runs) / len(runs) for name in toy.FIGURES}
-        digits = {name: 3 if name == "TDS" else 1 for name in mean}
-        lines.append([arm, *(f"{mean[name] - base[name]:+.{digits[name]}f}" if base else
-                             f"{mean[name]:.{digits[name]}f}" for name in mean)])
-        base = base or mean
-    return toy.table(lines)
+    """[{arm: figures} of each seed] -> the table of means."""
+    def mean(arm, name):
+        value = sum(run[arm][name] for run in runs) / len(runs)
+        return f"{value:.{3 if name == 'TDS' else 1}f}"
+    lines = [[arm, *(mean(arm, name) for name in toy.FIGURES)] for arm in runs[0]]
+    return toy.table([["", *(name.replace(" order, ", ", ") for name in toy.FIGURES)], *lines])
 
 def film(pick, base, tuned):
     """How two models, each (model, answers, right), wrote one of the answers that were judged."""
@@ -641,15 +642,14 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     tests = {"pick": toy.first_of_each(parts["pick"], math.ceil(0.4 * count)).to(device),
              "mul": parts["mul"][:count].to(device), "add": parts["add"][:count].to(device)}
     run = {"seed": seed, "settings": vars(settings), "made by": made_by, "arms": {}}
-    store(folder, f"seed-{seed}.json", run)
 
     say(f"\nStep 1, seed {seed}: pretrain as usual (Eq. 1). nll is the cross-entropy in nats.")
     base = pretrain(corpus.to(device), odds, settings.pretrain_updates, seed)
     store(folder, f"seed-{seed}-base.pt", base.state_dict())
 
     say("\nStep 2: why order matters. In pick the model multiplies by a factor of its own choice.\n"
-        "    Percent right by order and c, the number of digits to choose from (2-5: mean). gap:\n"
-        "    entropy of the factor's surest digit less the lowest elsewhere, nats.")
+        "    Percent right by order and c, how many digits it can choose from (2-5: mean). gap,\n"
+        "    nats at the start: entropy of the factor's surest digit minus the lowest elsewhere.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -669,9 +669,10 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with the order in which it was written")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nStep 4: fine-tune a copy of the base for each arm. SFT learns given solutions (GT) or"
-        "\n    its own (SD); masking, in recorded order; TABOM also ranks; shuffled, at random.\n"
-        "    rank_loss: Eq. 8. pair_accuracy: the share in the order of the ranks; by chance 0.5.")
+    say("\nStep 4: fine-tune a copy of the base for each arm. SFT-GT learns given solutions in a\n"
+        "    foreign format (style=own: the base's). Others learn its own right answers: SFT-SD\n"
+        "    cut at random, masking in recorded order; TABOM and shuffled also rank, the last one\n"
+        "    at random. rank_loss: Eq. 8; pair_accuracy: pairs in order of rank (chance: 0.5).")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -682,7 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nStep 5: compare: the figures of the base, and by how much each arm changes them.\n")
+    say("\nStep 5: compare TABOM with masking: what ranking adds; with shuffled: what its order\n"
+        "    adds; with the best order: what is left. One seed: 4 points may be chance.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:
@@ -708,8 +710,7 @@ def demo(options):
     """Find out what is wrong before any work, then run the seeds."""
     require(toy, "toy_data.py is missing; it belongs beside tabom.py.")
     settings = configure([*(QUICK if options.quick else ()), *options.set])
-    wanted = [(name.partition(":")[0], read_arm(name, settings)[1]) for name in options.arms]
-    require(len(set(wanted)) == len(wanted), "--arms names one arm twice.")
+    arms = {name: read_arm(name, settings) for name in ("No-SFT", *options.arms)}
     require(len(set(options.seeds)) == len(options.seeds) and 0 <= min(options.seeds)
             and max(options.seeds) < 10 ** 6, "--seeds must be different numbers from 0 to 999999.")
     try:
@@ -723,7 +724,6 @@ def demo(options):
     made_by = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     say(f"TABOM on synthetic arithmetic: {made_by}")
     say("--quick trains far too little: the figures below mean nothing.\n" * options.quick, end="")
-    arms = dict.fromkeys(["No-SFT", *options.arms])                      # the base is always there
     runs = [run_seed(seed, arms, settings, device, made_by, options.out) for seed in options.seeds]
     if len(runs) > 1:
         say(f"\nMeans over the seeds {options.seeds}\n\n" + compare(runs))
@@ -746,8 +746,8 @@ def main(arguments):
     add("--device", help="cpu or cuda; default: cuda where there is one")
     try:
         demo(parser.parse_args(arguments or ["--help"]))
-    except BrokenPipeError:                      # `| head` has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        sys.stdout = None                        # `| head` has closed it
     except (ValueError, OSError) as error:
         print(f"tabom.py: {error}", file=sys.stderr)
         return 2

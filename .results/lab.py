@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
 """The lab of TABOM: every figure of README.md beside this file, and how to make it again.
 
-    python .results/lab.py run --arms core --seeds 10 11 .. 19      15 minutes a seed, one thread
-    python .results/lab.py run --arms rates --seeds 10 11 .. 14     20 minutes a seed
-    python .results/lab.py run --arms sweeps --seeds 10 11 12       5 minutes a seed
-    python .results/lab.py report                                   tables, verdicts on claims.txt
-    python .results/pictures.py                                     rates.svg and film.svg
+    python .results/lab.py --arms core --seeds 10 11 .. 19      20 minutes a seed, one thread
+    python .results/lab.py --arms rates --seeds 10 11 .. 14     20 minutes more a seed
+    python .results/lab.py --arms sweeps --seeds 10 11 12       5 minutes more a seed
+    python .results/lab.py --arms tune --seeds 100 101 102 103 --set split=validation \\
+                           --folder .results/tuning             12 minutes a seed
+    python .results/page.py                                     tables, verdicts on claims.txt
+    python .results/page.py draw                                rates.svg, film.svg, film.txt
 
-`run` goes on where it was stopped: what is finished stands in figures/, one file for each seed and
-arm.  Several processes can share the work if no two have the same seed; give each one thread
-(OMP_NUM_THREADS=1) on a core of its own.  bases/ holds the weights of the bases; without it they
-are trained again, three minutes each.  An arm of the lab is a line as in tabom.py, with more to
-learn from; arms that tabom.py knows are trained by it.
+What is finished stands in figures/, one file for each seed and arm, and is not made again: a run
+that was stopped goes on.  Processes can share the work, with other seeds or other arms; give each
+one thread (OMP_NUM_THREADS=1) on a core of its own.  bases/ holds the weights of the bases; without
+it they are trained again, four minutes each.  An arm of the lab is a line as in tabom.py, with more
+to learn from; arms that tabom.py knows are trained by it.
 """
 import argparse
 import copy
@@ -159,7 +161,8 @@ GROUPS = {
     "sweeps": [f"TABOM:margin={margin:g}" for margin in (0.1, 0.3, 0.5, 0.7)]
               + [f"TABOM:margin={margin:g},rank_weight=2" for margin in (0.1, 0.2, 0.3)]
               + [f"TABOM:window_size={size}" for size in (2, 3, 8)],
-    "tune": [at("SFT-GT", rate) for rate in (1e-6, 2e-6, 3e-6, 5e-6, 7e-6, 1e-5, 2e-5)]}
+    "tune": ["No-SFT", *(at("SFT-GT", rate) for rate in RATES[:7]),
+             *(f"TABOM:margin={margin:g}" for margin in (0.2, 0.3, 0.5, 0.7)), "TABOM"]}
 
 def read(name, settings):
     """An arm's name -> its line and its settings, as `tabom.read_arm`, for the lab's arms, too."""
@@ -187,6 +190,7 @@ def learn(name, seed, data, loss_fn, own):
     return model
 
 # == What is measured ==============================================================================
+NATS, HIDDEN = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0), (1, 3, 5, 7, 9, 11)
 
 def measure(name, seed):
     """All figures of an arm: those of the demo and, for the arms of the core, some more."""
@@ -201,6 +205,8 @@ def measure(name, seed):
             two_a_step = tabom.answer(model, pick, tokens_per_step=2)[1]
             figures["two a step"] = toy.by_choices(pick, two_a_step)["2-5"]
             figures |= pass_at(model, pick, seed.seed) | why(model, pick, answers)
+            products = product_alone(tabom.rows_of(tabom.answer(model, seed.tests["mul"])[0]))
+            figures["product of mul"] = 100 * products.float().mean().item()
     return figures
 
 def is_correct(rows, also_old, checker=toy.is_correct):
@@ -212,6 +218,11 @@ def is_correct(rows, also_old, checker=toy.is_correct):
         right |= checker(with_own) & (rows == solve_old(rows, factor)).all(1) & (
             rows[:, 2] == toy.token("x"))
     return right
+
+def product_alone(rows):
+    """(n,) bool: is the product of a row of mul right, whatever stands in the working?"""
+    solved = toy.solve(rows, toy.read_factor(rows))
+    return ((solved == rows)[:, toy.PROMPT_LENGTH:] | (toy.columns_of(rows) > 3)).all(1)
 
 def pass_at(model, pick, seed, prompts=40, samples=16):
     """Percent of prompts with a right answer among k of 16, for c = 2 to 5: all choices of k."""
@@ -260,7 +271,7 @@ def measure_base(seed):
               "contrast prior": {"order": by_table(prior - mean_rank(answers[~right]))},
               "best": {"order": toy.best_order},
               **{f"head start {nats:.1f}": {"order": head_start(nats)}
-                 for nats in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)}}
+                 for nats in NATS}}
     kinds = {"own answers": seed.kept[:2000], "old style": old_solutions(seed)[:2000],
              **{f"{style} style": tabom.solved(toy.given_solutions(
                  seed.queries[:2000], style, seed.draws())) for style in ("own", "other")}}
@@ -268,7 +279,7 @@ def measure_base(seed):
             **{f"own order {name}": toy.by_choices(pick, tabom.answer(model, pick, **order)[1])[
                 "2-5"] for name, order in orders.items()},
             **{f"nll {hidden} {kind}": nll(model, data, hidden, seed.draws())
-               for kind, data in kinds.items() for hidden in (1, 3, 5, 7, 9, 11)},
+               for kind, data in kinds.items() for hidden in HIDDEN},
             **pairs_in_order(model, seed.kept[:2000])}
 
 @torch.no_grad()
@@ -349,9 +360,15 @@ def claims(text):
             claim = line
     return parts
 
-def figure_of(arms, arm, figure):
-    """One figure of an arm of a seed, or of what is measured of the base alone."""
-    return arms[arm][figure] if arm in arms else arms["base"][f"{figure} {arm}"]
+def over_seeds(found, weights, figure):
+    """{seed: {arm: figures}}, {arm: weight} -> on each seed that has all, the sum of one figure."""
+    result = []
+    for _, arms in sorted(found.items()):        # orders and kinds stand among figures of the base
+        values = {arm: arms.get(arm, {}).get(figure, arms.get("base", {}).get(f"{figure} {arm}"))
+                  for arm in weights}
+        if None not in values.values():
+            result.append(sum(weight * values[arm] for arm, weight in weights.items()))
+    return result
 
 def interval(values):
     """Mean and 95 % interval (Student)."""
@@ -359,6 +376,7 @@ def interval(values):
     half = STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
+VERDICTS = ("not measured", "refuted", "not shown", "shown")             # the worst first
 def verdict(low, high, sign, threshold):
     worst, best = sorted((sign * low, sign * high))
     if worst > sign * threshold:
@@ -366,80 +384,34 @@ def verdict(low, high, sign, threshold):
     return "refuted" if best < sign * threshold else "not shown"
 
 def judge(found, text):
-    """{seed: {arm: figures}} -> rows of a table, each part over the seeds that have what it needs.
-    Of a part with two figures both are told; the verdict is that of the better one."""
+    """-> [claim, what is claimed, number of seeds, means with intervals, expected, verdict] of
+    each line.  Of a line with two figures both are told; the verdict is that of the better one."""
     lines = []
     for claim, figures, weights, sign, threshold, expected in claims(text):
         means, verdicts, n = [], ["not measured"], 0
         for figure in figures:
-            values = []
-            for _, arms in sorted(found.items()):
-                if all(arm in arms or f"{figure} {arm}" in arms.get("base", ()) for arm in weights):
-                    values.append(sum(weight * figure_of(arms, arm, figure)
-                                      for arm, weight in weights.items()))
-            if len(values) >= 2:
+            if len(values := over_seeds(found, weights, figure)) >= 2:
                 n, (mean, low, high) = len(values), interval(values)
                 means.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
                 verdicts.append(verdict(low, high, sign, threshold))
-        best = max(verdicts, key=("not measured", "refuted", "not shown", "shown").index)
-        lines.append([claim, " or ".join(figures), " ".join(f"{weight:+g} {arm}" for arm, weight in
-                                                             weights.items()), n, "; ".join(means),
-                      f"{'>' if sign > 0 else '<'} {threshold:g}", expected, f"**{best}**"])
+        sums = " ".join(f"{weight:+g} {arm}" for arm, weight in weights.items())
+        lines.append([claim, f"{' or '.join(figures)}: {sums} {'>' if sign > 0 else '<'} "
+                      f"{threshold:g}", n, "; ".join(means), expected,
+                      max(verdicts, key=VERDICTS.index)])
     return lines
-
-# == Reports ========================================================================================
-COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
-           "pass@16 of 160", "right factors", "two a step", "TDS")
-TEN, FIVE = range(10, 20), range(10, 15)
-
-def markdown(lines):
-    head, *rows = [[str(cell) for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
-
-def table_of_arms(found, names, columns=COLUMNS):
-    """Means over the seeds, and own order less the base's with its 95 % interval."""
-    lines = [["arm", "seeds", "own order less the base's", *columns]]
-    for name in names:
-        here = [arms for arms in found.values() if name in arms]
-        if len(here) >= 2:
-            mean, low, high = interval([arms[name]["own order"] - arms["No-SFT"]["own order"]
-                                        for arms in here])
-            lines.append([name, len(here), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", *(
-                f"{statistics.mean(arms[name][x] for arms in here):.{3 if x == 'TDS' else 1}f}"
-                if all(x in arms[name] for arms in here) else "" for x in columns)])
-    return markdown(lines)
-
-def report(options):
-    """Print every table of the page for which there are figures."""
-    found = load(options.folder)
-    ten, five = ({seed: found[seed] for seed in some if seed in found} for some in (TEN, FIVE))
-    bases = [arms["base"] for arms in ten.values()]
-    for title, table in {
-            "Arms": table_of_arms(ten, GROUPS["core"]),
-            "Claims": markdown([["claim", "figure", "value", "seeds", "mean [95 %]", "claimed",
-                                 "expected", "verdict"],
-                                *judge(ten, (HERE / "claims.txt").read_text())]),
-            "Rates": table_of_arms(five, GROUPS["rates"], COLUMNS[:6]),
-            "Sweeps": table_of_arms(ten, GROUPS["sweeps"], COLUMNS[:6]),
-            "The base": markdown([["", "mean", "low", "high"], *(
-                [name, *(f"{x:.2f}" for x in interval([base[name] for base in bases]))]
-                for name in (bases[0] if len(bases) > 1 else ()))])}.items():
-        if table.count("\n") > 1:
-            print(f"\n## {title}\n\n{table}")
 
 def main(arguments):
     parser = argparse.ArgumentParser(
         prog="lab.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="groups of arms: " + ", ".join(GROUPS) + "\narms: " + ", ".join(
             (*tabom.ARMS, *ARMS)) + "; any with :setting=value,..")
-    parser.add_argument("do", choices=("run", "report"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N")
+    parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="N")
     parser.add_argument("--arms", nargs="+", default=["core"], metavar="ARM")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     parser.add_argument("--folder", type=Path, default=HERE)
     options = parser.parse_args(arguments or ["--help"])
     try:
-        {"run": run, "report": report}[options.do](options)
+        run(options)
     except (ValueError, OSError) as error:
         print(f"lab.py: {error}", file=sys.stderr)
         return 2

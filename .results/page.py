@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: MIT
+"""The tables and pictures of both pages, from what lab.py has measured.
+
+    python .results/page.py            prints every table
+    python .results/page.py draw       draws rates.svg (needs matplotlib) and the film, in a minute
+
+Drawn again, pictures are the same, byte for byte.  The film, film.svg and as text film.txt, shows
+how base and TABOM of seed 10 wrote one answer.
+"""
+import statistics
+import sys
+
+import torch
+
+import lab
+from lab import CURVES, GROUPS, RATES, VERDICTS, at, interval, load, over_seeds
+import tabom
+import toy_data as toy
+
+# == Tables ========================================================================================
+TEN, FIVE = range(10, 20), range(10, 15)
+COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
+           "pass@16 of 160", "right factors", "two a step", "TDS")
+FRONT = {"nothing: the base": "No-SFT",
+         "nothing: the base, in a fixed order for each layout": "contrast prior",
+         "given solutions in a foreign format (SFT-GT)": "SFT-GT",
+         "the same, 1/20 of the learning rate": at("SFT-GT", lab.TUNED),
+         "own right answers, random cuts (SFT-SD)": "SFT-SD",
+         "own right answers, cuts of the recorded order (masking)": "masking",
+         "the same, another loss (T3D)": "T3D",
+         "masking and ranking: TABOM, the paper's margin": "TABOM:margin=0.2",
+         "masking and ranking: TABOM, margin of 1 nat": "TABOM"}
+
+def markdown(lines):
+    head, *rows = [[str(cell) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+def mean_of(found, arm, figure):
+    values, digits = over_seeds(found, {arm: 1}, figure), {"TDS": 3}.get(figure, 1)
+    return f"{statistics.mean(values):.{digits}f}" if values else ""
+
+def change(found, arm, other="No-SFT", figure="own order"):
+    """How far an arm is above another one, paired over seeds, with its 95 % interval."""
+    values = over_seeds(found, {arm: 1, other: -1}, figure) if arm != other else ()
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval(values)) if len(values) > 1 else ""
+
+def grid(found, corner, rows, columns, figure_at):
+    """A table of means; figure_at(row, column) -> arm, figure."""
+    return markdown([[corner, *columns], *([row, *(mean_of(found, *figure_at(row, column))
+                                                   for column in columns)] for row in rows)])
+
+def table_of_arms(found, arms, columns, *first):
+    """Means of arms {label: arm} in columns {label: figure}, and own order less the base's."""
+    return markdown([["", "own order less the base's", *columns, *first], *(
+        [label, change(found, arm), *(mean_of(found, arm, figure) for figure in columns.values()),
+         *(len(over_seeds(found, {arm: 1}, "own order")) for _ in first)]
+        for label, arm in arms.items())])
+
+def by_claim(lines):
+    """What `judge` gives, one row for each claim: its expected and its found verdict are the worst
+    of its lines; a line with another verdict than "shown" says so."""
+    rows = [["claim", "its lines: mean [95 %]", "seeds", "expected", "verdict"]]
+    for claim in dict.fromkeys(line[0] for line in lines):
+        parts = [line[1:] for line in lines if line[0] == claim]
+        expected, got = (min(column, key=VERDICTS.index) for column in [*zip(*parts)][-2:])
+        told = "<br>".join(f"{what}: {means}" + f" ({word})" * (word != "shown")
+                           for what, _, means, _, word in parts)
+        rows.append([claim, told, min(part[1] for part in parts), expected, f"**{got}**"])
+    return markdown(rows)
+
+def tables(folder):
+    """{title: table}; the first one stands on the front page."""
+    found, claims = load(folder), (lab.HERE / "claims.txt").read_text()
+    ten, five = ({seed: found[seed] for seed in some if seed in found} for some in (TEN, FIVE))
+    def same(names):
+        return {name: name for name in names}
+
+    return {
+        "Front page": table_of_arms(ten, FRONT, {
+            "own order": "own order", "best order": "best order",
+            "best order, sampled": "best order, sampled", "`mul`": "mul",
+            "a right one in 16": "pass@16 of 160"}),
+        "Arms": table_of_arms(ten, same(GROUPS["core"]), same(COLUMNS), "seeds"),
+        "Claims": by_claim(lab.judge(ten, claims)),
+        **{f"Rates: {figure}": grid(
+            five, figure, (*CURVES, "SFT-GT-old"), [f"{rate:g}" for rate in RATES],
+            lambda arm, rate, figure=figure: (at(arm, float(rate)), figure))
+           for figure in ("own order", "best order", "best order, sampled", "mul")},
+        "Sweeps": table_of_arms(ten, same(GROUPS["sweeps"]), same(COLUMNS[:6]), "seeds"),
+        "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]), same(COLUMNS[:6])),
+        "Orders": grid(ten, "the base, in its", ("own", "confidence", "right to left", "random", *(
+            f"blocks of {size}" for size in (1, 2, 3, 4, 6)), "prior", "contrast prior", "best"),
+            ["own order"], lambda order, figure: (order, figure)),
+        "Head start": grid(ten, "nats", ["own order"], lab.NATS, lambda figure, nats: (
+            f"head start {nats:.1f}", figure)),
+        "Nats": grid(ten, "hidden tokens", ("own answers", "own style", "other style", "old style"),
+                     lab.HIDDEN, lambda kind, hidden: (kind, f"nll {hidden}")),
+        "Pairs": grid(ten, "writes apart", ["in order"], range(1, 11), lambda _, apart: (
+            "base", f"pairs in order, later, {apart} apart"))}
+
+# == The rates =====================================================================================
+
+def curve(found, arm, figure, rates=RATES):
+    """[(rate, mean, low, high)] of an arm at each rate at which it has run on two seeds or more."""
+    runs = [(rate, over_seeds(found, {at(arm, rate): 1}, figure)) for rate in rates]
+    return [(rate, *interval(values)) for rate, values in runs if len(values) > 1]
+
+def draw_rates(folder):
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "tabom", "svg.fonttype": "none",
+                            "font.family": "sans-serif"}                 # the same bytes each time
+    from matplotlib import pyplot
+    found = {seed: arms for seed, arms in load(folder).items() if seed in FIVE}
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    own, best, other, frontier = panels.flat
+    for arm in CURVES:
+        for panel, name in ((own, "own order"), (best, "best order"), (other, "mul")):
+            rates, means, lows, highs = zip(*curve(found, arm, name))
+            line, = panel.plot(rates, means, marker="o", markersize=3, label=arm)
+            panel.fill_between(rates, lows, highs, alpha=0.15, color=line.get_color())
+            panel.set(xscale="log", title=name, xlabel="learning rate (dotted: the paper's)")
+        sampled = [mean for _, mean, *_ in curve(found, arm, "best order, sampled")]
+        best.plot(rates, sampled, linewidth=0.7, color=line.get_color())
+        gains = [mean for _, mean, *_ in curve(found, arm, "own order")]
+        frontier.plot(sampled, gains, marker="o", markersize=3, color=line.get_color())
+    for panel in (own, best, other):
+        panel.axvline(2e-5, color="grey", linestyle=":")
+    best.set_title("best order (thin: sampled)")
+    frontier.set(title="own order against best order, sampled", xlim=(70, 98),
+                 xlabel="best order, sampled: what is kept")
+    own.set_ylabel("percent right, mean and 95 % interval")
+    own.legend(fontsize=8)
+    figure.savefig(folder / "rates.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+# == The film ======================================================================================
+CELL, TOP, SECONDS, REST = 34, 92, 1.3, 5.0      # pixels, pixels, for each state, after the last
+FIELDS = {"p": "product", "f": "factor", "u": "units", "t": "tens"}
+STYLE = """
+  text { font: 15px ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; text-anchor: middle }
+  .small { font-size: 11px } .left { text-anchor: start } .faint { fill: #59636e }
+  .cell { fill: none; stroke: #818b98 } .shade { fill: #0969da } .new { fill: none; stroke: #d1570a;
+  stroke-width: 3 } .bad { fill: #cf222e } .good { fill: #1a7f37 }
+  @media (prefers-color-scheme: dark) { text { fill: #f0f6fc } .faint { fill: #9198a1 }
+  .shade { fill: #4493f8 } .new { stroke: #f0883e } .bad { fill: #ff7b72 } .good { fill: #56d364 } }
+"""
+
+def solutions(problem):
+    """Every right answer to a prompt of pick, (n, 12), in both styles."""
+    low, high = problem[3].item(), problem[4].item()
+    digit = torch.arange(low, high + 1)
+    factors = (10 * digit[:, None] + digit).flatten()
+    prompts = problem.repeat(len(factors), 1)
+    return torch.cat([toy.solve(prompts, factors, style)[:, toy.PROMPT_LENGTH:]
+                      for style in ("own", "other")])
+
+def last_hope(problem, response, rank):
+    """After how many writes no right answer is left; None if this one is right."""
+    right = solutions(problem)
+    for n_visible in range(1, len(response) + 1):
+        if not (right == response)[:, rank < n_visible].all(1).any():
+            return n_visible
+    return None
+
+def text(x, y, words, kind=""):
+    return f'<text class="{kind}" x="{x:g}" y="{y:g}">{words}</text>'
+
+def square(kind, x, inset=0, opacity=1):
+    side = CELL - 2 * inset
+    return (f'<rect class="{kind}" x="{x + inset}" y="{TOP + inset}" width="{side}" '
+            f'height="{side}" fill-opacity="{opacity:.2f}"/>')
+
+def panel(left, title, problem, response, rank, entropies):
+    """-> what stands still, [what each of the 13 states shows]."""
+    names = ["ppppffuuuttt"[column] for column in toy.columns_of(problem[None])[0]]
+    still = [text(left + 6 * CELL, 52, title)]
+    for name, word in FIELDS.items():
+        at = [i for i, x in enumerate(names) if x == name]
+        still.append(text(left + (at[0] + at[-1] + 1) / 2 * CELL, TOP - 8, word, "small faint"))
+    still += [square("cell", left + i * CELL) for i in range(12)]
+    lost, states = last_hope(problem, response, rank), []
+    for n_visible in range(13):
+        shown = []
+        for i in range(12):
+            x, middle = left + i * CELL, left + (i + 0.5) * CELL
+            if rank[i] < n_visible:
+                shown.append(text(middle, TOP + 22, toy.to_text(response[i:i + 1])))
+            else:
+                nats = entropies[n_visible][i].item()
+                shown.append(square("shade", x, 0, min(nats / 2.5, 1) * 0.75))
+                shown.append(text(middle, TOP + 21, f"{nats:.1f}", "small"))
+            if rank[i] == n_visible - 1:
+                shown.append(square("new", x, 2))
+        if lost and n_visible >= lost:
+            words = f"no right answer is left since step {lost}"
+            shown.append(text(left + 6 * CELL, TOP + 58, words, "small bad"))
+        elif n_visible == 12:
+            shown.append(text(left + 6 * CELL, TOP + 58, "right", "small good"))
+        states.append(shown)
+    return still, states
+
+def picture(problem, panels):
+    """A problem of pick and two (title, response, rank, entropies) -> SVG."""
+    first, (_, low, high, _) = toy.to_text(problem[:2]), toy.to_text(problem[2:6])
+    width, total = 2 * 12 * CELL + 80, 13 * SECONDS + REST
+    parts = [text(20, 22, f"{first} x a factor of your own choice, digits from {low} to {high}. "
+                  "Number and shade: entropy in nats.", "left small")]
+    states = [[] for _ in range(13)]
+    for number, (title, *answer) in enumerate(panels):
+        still, shown = panel(20 + number * (12 * CELL + 40), title, problem, *answer)
+        parts += still
+        for state, more in zip(states, shown):
+            state += more
+    for number, state in enumerate(states):
+        start, end = number * SECONDS / total, (number + 1) * SECONDS / total
+        values, times = (("1;0", f"0;{end:.4f}") if number == 0 else ("0;1", f"0;{start:.4f}")
+                         if number == 12 else ("0;1;0", f"0;{start:.4f};{end:.4f}"))
+        state.append(text(width / 2, TOP + 82, f"step {number} of 12", "small faint"))
+        parts.append(f'<g opacity="{number == 0:d}"><animate attributeName="opacity" '
+                     f'values="{values}" keyTimes="{times}" calcMode="discrete" dur="{total:g}s" '
+                     'repeatCount="indefinite"/>' + "".join(state) + "</g>")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {TOP + 96}" '
+            f'width="{width}" role="img" aria-label="The base and TABOM write one answer each">'
+            f"<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n")
+
+def draw_film(folder, number):
+    seed = lab.Seed(number, folder, tabom.Settings())
+    pick, panels = seed.tests["pick"], []
+    models = (seed.base, lab.fine_tune("TABOM", seed))
+    judged = [(model, *tabom.answer(model, pick)) for model in models]
+    (_, base, base_right), (_, tuned, tuned_right) = judged
+    forward = ((base.decode_rank - tuned.decode_rank) * toy.is_factor(pick)).sum(1)
+    row = forward.where(tuned_right & ~base_right, -99).argmax()         # as the demo chooses
+    for title, (model, answers, _) in zip(("the base", "after TABOM"), judged):
+        states = tabom.replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)
+        panels.append((title, answers.response[row], answers.decode_rank[row],
+                       [entropy[0] for _, entropy in states]))
+    (folder / "film.svg").write_text(picture(pick[row], panels))
+    (folder / "film.txt").write_text(tabom.film(pick, *judged) + "\n")
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["draw"]:
+        draw_rates(lab.HERE)
+        draw_film(lab.HERE, 10)
+    else:
+        for title, table in tables(lab.HERE).items():
+            print(f"\n## {title}\n\n{table}")
