@@ -283,7 +283,7 @@ EMPTY = DATA.only((torch.arange(6) != 4)[:, None].expand(6, N))      # row 4: no
     ("tabom", "window_size", SIZES, "window_size" + OF_SIZE),
     ("tabom", "n_visible", [K[:5, 0], torch.zeros(6), -1, 1.0], "whole number, or one for each"),
     ("tabom", "n_visible", [torch.tensor([0, 0, 3, 0, 0, 0]), 3, 99], "must be below n"),
-    *(("tabom", x, AMOUNTS, x + " must be 0 or more and finite") for x in ("margin", "rank_weight"))])
+    *(("tabom", x, AMOUNTS, x + " must be 0 or more and") for x in ("margin", "rank_weight"))])
 def test_losses_refuse_what_is_wrong_before_a_forward_pass(name, setting, values, message):
     assert call(name, TinyModel(), EMPTY[EMPTY.n_decoded > 0])
     for value in values:
