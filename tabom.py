@@ -14,16 +14,16 @@ unofficial) trains on the states that the model itself passed through on its way
     5. and rank: what was written earlier should be surer, have the lower entropy  (Eq. 7-8)
        so that decoding, which writes first what it is surest of, repeats that order
 
-A *trajectory* is an answer with the rank of each position: when it was written.  A *cut* shows what
-was written before some moment and hides the rest.  The *window* is what was written next, W tokens.
-Training as usual is a cut of a random order; it learns all that is hidden.  *Trajectory masking*,
-step 4 alone, is a cut of the recorded order; it learns the window.  TABOM also ranks the window.
+A *trajectory* is an answer with the rank of each position: when it was written.  To *cut* it is to
+show what was written before some moment, and hide the rest.  The *window* is the W tokens that were
+written next.  Training as usual cuts a random order, and learns all that is hidden.  *Trajectory
+masking*, step 4 alone, cuts the recorded order, and learns the window.  TABOM also ranks it.
 
     python tabom.py --demo    all of it on arithmetic, four minutes on a laptop; see also --help
 
 A model is any callable from tokens (B, L+N) to logits (B, L+N, V) that sees both sides of a token
-(no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary; K
-chosen positions, of all rows together.  Entropies are in nats.
+(no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary; K is
+the number of positions, of all rows together, that a mask (B, N) picks.  Entropies are in nats.
 """
 # ==== The method begins here: copy sections 1-7.  They need nothing but torch and your model. =====
 from dataclasses import dataclass
@@ -72,8 +72,8 @@ class Trajectories:
         return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
 
     def only(self, keep):
-        """Neither train nor rank positions where keep (B, N) bool is False.  They stay visible,
-        however, and padding after the answer reveals its length.  To hide them, too, first build
+        """Neither train nor rank positions where keep (B, N) bool is False.  They stay visible: but
+        padding shows where an answer ends.  If the model should see [MASK] there, first build
         `Trajectories(prompt, response.masked_fill(~keep, mask_id), decode_rank)`."""
         return from_steps(self.prompt, self.response, self.decode_rank.masked_fill(~keep, -1))
 
@@ -184,7 +184,7 @@ def decode(model, prompt, response_length, *, mask_id, order=by_entropy, tokens_
     block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
     generator        seeds what is sampled; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and mask_id where to decode
-    Dropout must be off: call eval().  A row with nothing to decode stays as it is.  ValueError."""
+    Dropout must be off: call eval().  A row of `given` without mask_id is returned as it is."""
     shape = (len(prompt), response_length)
     block_length = response_length if block_length is None else block_length
     check_decoding(mask_id, response_length, tokens_per_step, block_length, temperature)
@@ -220,12 +220,12 @@ def pick_tokens(logits, temperature, generator):
     return (below_best / temperature).softmax(-1).multinomial(1, generator=generator).squeeze(1)
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: let a state, a set of written tokens, have a probability in proportion to exp(-beta E),
-# E the sum of the entropies that its tokens had just before their writing, beta > 0.  Write r or s
-# next: the ratio of the probabilities of these two states, exp(-beta (h(r) - h(s))), exceeds 1 if
-# h(r) < h(s) (Lemma 1).  If r was written first, this is what we want, by a margin of gamma nats.
-# Circular, as entropy set the order?  No: at a cut only the next token is the surest by definition.
-# Later ones were chosen in later states, which the model must foresee; and we keep right answers.
+# Boltzmann: let the probability of a state be in proportion to exp(-beta E), beta > 0, where E sums
+# the entropies h that its written tokens had just before their writing.  Two states can come next,
+# with r or with s written; their ratio is exp(-beta (h(r) - h(s))).  The first is likelier if
+# h(r) < h(s) (Lemma 1).  If r was written first, we want this, by a margin of gamma nats.
+# Circular, as entropy set the order?  No: at a cut only the next token is surest by construction.
+# Later ones were, in states that do not exist yet, to be foreseen.  And wrong answers are left out.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -252,8 +252,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                n_visible=None):
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
-    window_size in tokens (paper: 32 of 256); margin in nats (0.2); rank_weight (1); n_visible (B,):
-    where to cut, 0 .. n-1; by default drawn, even inside a step that wrote several tokens."""
+    window_size in tokens (paper: 32 of 256); margin in nats (paper: 0.2); rank_weight (paper: 1);
+    n_visible (B,): where to cut, 0 .. n-1; by default drawn, as is right for one token per step."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -271,7 +271,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
     """Eq. 1, the negative evidence lower bound: the mean of -log p over the hidden positions of a
-    row, 1 .. n equally often, then over rows.  Text without order: steps of 0 in `from_steps`."""
+    row, then over rows; 1 .. n are hidden.  Plain text: from_steps(prompt, text, steps of 0)."""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
     log_p = predict(model, trajectories, masked, masked, mask_id)        # (K, V)
@@ -289,7 +289,7 @@ def shuffled(decode_rank, generator=None):
 def post_train(model, prompts, is_right, optimizer, *, response_length, mask_id, temperature,
                epochs, batch_size, generator=None, **settings):
     """Train a pretrained model on its own right answers to prompts (B, L) -> metrics per update.
-    is_right(rollouts) -> (B,) bool: your checker; settings: for tabom_loss.  Call eval() first."""
+    is_right(rollouts) -> (B,) bool: your checker; settings: for tabom_loss.  Turn dropout off."""
     require_size("epochs", epochs)               # all is checked before anything is decoded
     require_size("batch_size", batch_size)
     check_loss(**settings)
@@ -376,7 +376,7 @@ def discrimination_score(states):
     return torch.cat(scores).mean()                                      # Eq. 11
 
 # == 9. The rivals =================================================================================
-# Losses of the same form; they need the block.  Two rivals are `nelbo_loss`: SFT-GT on given
+# Losses of the same form; they need sections 1-7.  Two rivals are `nelbo_loss`: SFT-GT on given
 # solutions (ground truth), SFT-SD on the model's own right answers (self-distilled).
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None):
@@ -426,16 +426,16 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# Arms are the ways of training that are compared.  The toy (toy_data.py) has three tasks: `pick`,
-# 47 times a number of your own choice, its c possible digits given, with the working; `mul`, the
-# number is given; and `add`.  Arms learn from pick.  Of the other two one sees what is forgotten.
+# Arms are the ways of training that are compared.  The toy, toy_data.py, has three tasks.  `pick`:
+# choose a factor of two digits, each one of c that are allowed; write 47 times it, and the working.
+# `mul`: the factor is given.  `add`.  Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
     batch_size: int = 32              # as in the paper
     epochs: int = 5                   # as in the paper
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
-    margin: float = 1.0               # gamma, nats; more than the gap of step 2 (paper: 0.1 to 0.3)
+    margin: float = 1.0               # gamma, nats; chosen on validation prompts (paper: 0.2)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
     style: str = "other"              # of given solutions: foreign, or "own", that of the corpus
     pretrain_updates: int = 4500      # then nearly all is right in the best order
@@ -632,7 +632,7 @@ def film(pick, base, tuned):
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
     return ("Of the prompts that only TABOM gets right, the one whose factor came forward most. "
-            "Watch when\nthe factor f is written, and what stands there already.\n"
+            "Each digit\nof p, u or t that is written before the factor f leaves fewer that fit.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -670,9 +670,9 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
     say("\nStep 4: fine-tune a copy of the base for each arm. SFT-GT learns given solutions in a\n"
-        "    foreign format (style=own: the base's). Others learn its own right answers: SFT-SD\n"
-        "    cut at random, masking in recorded order; TABOM and shuffled also rank, the last one\n"
-        "    at random. rank_loss: Eq. 8; pair_accuracy: pairs in order of rank (chance: 0.5).")
+        "    foreign format (style=own: the base's). The others learn the base's right answers:\n"
+        "    SFT-SD cut in random order, masking in recorded order, TABOM so and ranked; shuffled\n"
+        "    with random ranks. rank_loss: Eq. 8; pair_accuracy: pairs in order, by chance 0.5.")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nStep 5: compare TABOM with masking: what ranking adds; with shuffled: what its order\n"
-        "    adds; with the best order: what is left. One seed: 4 points may be chance.\n")
+    say("\nStep 5: compare. TABOM less masking: what ranking adds; less shuffled: what recorded\n"
+        "    order adds. `best, sampled`: what it costs. One seed: 4 points may be chance.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:

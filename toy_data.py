@@ -16,7 +16,7 @@ working does, from its last digit.  The factor is a free choice: with c digits f
 nats a digit.  The leading digit of a product has few likely values, so it *looks* surer than the
 choice that it depends on.  Written first, it asks for a factor that fits, which is hard to find.
 The order of lowest entropy starts at that wrong end, although the model knows all it needs.  c is a
-dial: with more digits to choose from this gap is wider, and at c = 1 there is nothing to choose.
+dial: with more digits to choose from the gap tends to be wider; at c = 1 nothing is to choose.
 """
 import torch
 

@@ -65,6 +65,7 @@ def by_claim(lines):
         expected, got = (min(column, key=VERDICTS.index) for column in [*zip(*parts)][-2:])
         told = "<br>".join(f"{what}: {means}" + f" ({word})" * (word != "shown")
                            for what, _, means, _, word in parts)
+        told = told.replace("+1 ", "").replace(" -1 ", " - ")
         rows.append([claim, told, min(part[1] for part in parts), expected, f"**{got}**"])
     return markdown(rows)
 
@@ -88,11 +89,12 @@ def tables(folder):
            for figure in ("own order", "best order", "best order, sampled", "mul")},
         "Sweeps": table_of_arms(ten, same(GROUPS["sweeps"]), same(COLUMNS[:6]), "seeds"),
         "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]), same(COLUMNS[:6])),
-        "Orders": grid(ten, "the base, in its", ("own", "confidence", "right to left", "random", *(
-            f"blocks of {size}" for size in (1, 2, 3, 4, 6)), "prior", "contrast prior", "best"),
-            ["own order"], lambda order, figure: (order, figure)),
-        "Head start": grid(ten, "nats", ["own order"], lab.NATS, lambda figure, nats: (
-            f"head start {nats:.1f}", figure)),
+        "Orders": grid(ten, "", ["percent right"], (
+            "own", "confidence", "right to left", "random", *(
+                f"blocks of {size}" for size in (1, 2, 3, 4, 6)), "prior", "contrast prior", "best"),
+            lambda _, order: (order, "own order")),
+        "Head start": grid(ten, "nats", ["percent right"], lab.NATS, lambda _, nats: (
+            f"head start {nats:.1f}", "own order")),
         "Nats": grid(ten, "hidden tokens", ("own answers", "own style", "other style", "old style"),
                      lab.HIDDEN, lambda kind, hidden: (kind, f"nll {hidden}")),
         "Pairs": grid(ten, "writes apart", ["in order"], range(1, 11), lambda _, apart: (

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import lab
-import pictures
+import page
 import tabom
 import toy_data as toy
 
 TINY = ["pretrain_updates=2", "queries=60", "keep=all", "epochs=1", "test_problems=5"]
 
 def run(folder, *arguments, tiny=TINY):
-    return lab.main(["run", "--folder", str(folder), *arguments, "--set", *tiny])
+    return lab.main(["--folder", str(folder), *arguments, "--set", *tiny])
 
 def count(found):
     return sum(map(len, found.values()))
@@ -151,7 +151,7 @@ def test_the_page_is_what_the_figures_give(capsys):
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path):
     arguments = ["--seeds", "3", "4", "--arms", "SFT-SD", "swapped"]
     assert run(tmp_path / "whole", *arguments) == 0
-    command = [sys.executable, lab.__file__, "run", "--folder", str(tmp_path / "killed"),
+    command = [sys.executable, lab.__file__, "--folder", str(tmp_path / "killed"),
                *arguments, "--set", *TINY]
     for number in range(5):                      # each time when one file more has been written
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -170,7 +170,7 @@ def test_what_cannot_stand_together_is_refused(tmp_path, capsys):
     assert not (tmp_path / "figures" / "seed-5").exists()
     (copy := lab.path_of(tmp_path, 7, "No-SFT")).parent.mkdir()
     copy.write_text(lab.path_of(tmp_path, 3, "No-SFT").read_text())
-    assert lab.main(["report", "--folder", str(tmp_path)]) == 2
+    assert run(tmp_path, "--seeds", "3", "--arms", "No-SFT") == 2
     copy.unlink()
     assert run(tmp_path, "--seeds", "3", "--arms", "DPO") == 2
     lines = capsys.readouterr().err.splitlines()
@@ -187,7 +187,7 @@ def test_pictures_come_out_the_same(tmp_path):
                 "recipe": lab.recipe(name, tabom.Settings())})
     drawn = []
     for _ in range(2):
-        pictures.draw_rates(tmp_path)
+        page.draw_rates(tmp_path)
         drawn.append((tmp_path / "rates.svg").read_bytes())
     assert drawn[0] == drawn[1]
 
@@ -196,10 +196,10 @@ def test_the_film_says_from_when_on_no_right_answer_is_left():
     problem = torch.tensor([toy.token(x) for x in "41x45b"] + [toy.MASK_ID] * 12)
     wrong, right = (torch.tensor([*map(int, word)]) for word in ("205105551255", "205205552255"))
     rank = torch.tensor([3, 8, 7, 1, 0, 2, 11, 4, 9, 5, 10, 6]).argsort()
-    assert pictures.last_hope(problem, wrong, rank) == 8
-    assert pictures.last_hope(problem, right, rank) is None
-    assert len(pictures.solutions(problem)) == 8
+    assert page.last_hope(problem, wrong, rank) == 8
+    assert page.last_hope(problem, right, rank) is None
+    assert len(page.solutions(problem)) == 8
     states = [torch.rand(12) for _ in range(12)]
-    svg = pictures.picture(problem, [("base", wrong, rank, states), ("TABOM", right, rank, states)])
+    svg = page.picture(problem, [("base", wrong, rank, states), ("TABOM", right, rank, states)])
     assert svg.count("no right answer is left since step 8") == 5 and svg.count("<animate ") == 13
     assert "41 x a factor of your own choice, digits from 4 to 5" in svg
