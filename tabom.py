@@ -435,7 +435,7 @@ class Settings:
     batch_size: int = 32              # as in the paper
     epochs: int = 5                   # as in the paper
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
-    margin: float = 1.0               # gamma, nats; chosen on validation prompts (paper: 0.2)
+    margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
     style: str = "other"              # of given solutions: foreign, or "own", that of the corpus
     pretrain_updates: int = 4500      # then nearly all is right in the best order
