@@ -223,7 +223,7 @@ def pick_tokens(logits, temperature, generator):
 # Boltzmann: let the probability of a state be in proportion to exp(-beta E), beta > 0, where E sums
 # the entropies h that its written tokens had just before their writing.  Two states can come next,
 # with r or with s written; their ratio is exp(-beta (h(r) - h(s))).  The first is likelier if
-# h(r) < h(s) (Lemma 1).  If r was written first, we want this, by a margin of gamma nats.
+# h(r) < h(s) (Lemma 1), whatever beta.  If r was written first, we want this, by gamma nats.
 # Circular, as entropy set the order?  No: at a cut only the next token is surest by construction.
 # Later ones were, in states that do not exist yet, to be foreseen.  And wrong answers are left out.
 
