@@ -631,8 +631,8 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Of the prompts that only TABOM gets right, the one whose factor came forward most. "
-            "Each digit\nof p, u or t that is written before the factor f leaves fewer that fit.\n"
+    return ("Of the prompts that only TABOM gets right, this is the one whose factor moved forward\n"
+            "most. Each digit of p, u or t that is written before f leaves fewer factors that fit.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):

@@ -21,15 +21,14 @@ import toy_data as toy
 TEN, FIVE = range(10, 20), range(10, 15)
 COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
            "pass@16 of 160", "right factors", "two a step", "TDS")
-FRONT = {"nothing: the base": "No-SFT",
-         "nothing: the base, in a fixed order for each layout": "contrast prior",
-         "given solutions in a foreign format (SFT-GT)": "SFT-GT",
-         "the same, 1/20 of the learning rate": at("SFT-GT", lab.TUNED),
-         "own right answers, random cuts (SFT-SD)": "SFT-SD",
-         "own right answers, cuts of the recorded order (masking)": "masking",
-         "the same, another loss (T3D)": "T3D",
-         "masking and ranking: TABOM, the paper's margin": "TABOM:margin=0.2",
-         "masking and ranking: TABOM, margin of 1 nat": "TABOM"}
+FRONT = {"the base": "No-SFT", "the base, in one fixed order for each layout": "contrast prior",
+         "given solutions in another format (SFT-GT)": "SFT-GT",
+         "given solutions, 1/20 of the learning rate": at("SFT-GT", lab.TUNED),
+         "own right answers, cut in random order (SFT-SD)": "SFT-SD",
+         "own right answers, cut in recorded order (masking)": "masking",
+         "own right answers, loss of T3D": "T3D",
+         "own right answers, **TABOM**, the paper's margin": "TABOM:margin=0.2",
+         "own right answers, **TABOM**, larger margin": "TABOM"}
 
 def markdown(lines):
     head, *rows = [[str(cell) for cell in line] for line in lines]
@@ -51,7 +50,7 @@ def grid(found, corner, rows, columns, figure_at):
 
 def table_of_arms(found, arms, columns, *first):
     """Means of arms {label: arm} in columns {label: figure}, and own order less the base's."""
-    return markdown([["", "own order less the base's", *columns, *first], *(
+    return markdown([["", "gain in own order", *columns, *first], *(
         [label, change(found, arm), *(mean_of(found, arm, figure) for figure in columns.values()),
          *(len(over_seeds(found, {arm: 1}, "own order")) for _ in first)]
         for label, arm in arms.items())])
@@ -195,7 +194,7 @@ def panel(left, title, problem, response, rank, entropies):
             if rank[i] == n_visible - 1:
                 shown.append(square("new", x, 2))
         if lost and n_visible >= lost:
-            words = f"no right answer is left since step {lost}"
+            words = f"no right answer is possible after step {lost}"
             shown.append(text(left + 6 * CELL, TOP + 58, words, "small bad"))
         elif n_visible == 12:
             shown.append(text(left + 6 * CELL, TOP + 58, "right", "small good"))
@@ -207,7 +206,7 @@ def picture(problem, panels):
     first, (_, low, high, _) = toy.to_text(problem[:2]), toy.to_text(problem[2:6])
     width, total = 2 * 12 * CELL + 80, 13 * SECONDS + REST
     parts = [text(20, 22, f"{first} x a factor of your own choice, digits from {low} to {high}. "
-                  "Number and shade: entropy in nats.", "left small")]
+                  "Small number and shade: entropy in nats.", "left small")]
     states = [[] for _ in range(13)]
     for number, (title, *answer) in enumerate(panels):
         still, shown = panel(20 + number * (12 * CELL + 40), title, problem, *answer)

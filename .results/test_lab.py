@@ -201,5 +201,5 @@ def test_the_film_says_from_when_on_no_right_answer_is_left():
     assert len(page.solutions(problem)) == 8
     states = [torch.rand(12) for _ in range(12)]
     svg = page.picture(problem, [("base", wrong, rank, states), ("TABOM", right, rank, states)])
-    assert svg.count("no right answer is left since step 8") == 5 and svg.count("<animate ") == 13
+    assert svg.count("no right answer is possible after step 8") == 5 and svg.count("<animate ") == 13
     assert "41 x a factor of your own choice, digits from 4 to 5" in svg
