@@ -671,8 +671,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nStep 4: fine-tune a copy of the base for each arm. SFT-GT learns given solutions in a\n"
         "    foreign format (style=own: the base's). The others learn the base's right answers:\n"
-        "    SFT-SD cut in random order, masking in recorded order, TABOM so and ranked; shuffled\n"
-        "    with random ranks. rank_loss: Eq. 8; pair_accuracy: pairs in order, by chance 0.5.")
+        "    SFT-SD cut in random order, masking in recorded order, TABOM also ranked; shuffled is\n"
+        "    TABOM with random ranks. pair_accuracy: 0.5 by chance. All means since the last line.")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nStep 5: compare. TABOM less masking: what ranking adds; less shuffled: what recorded\n"
-        "    order adds. `best, sampled`: what it costs. One seed: 4 points may be chance.\n")
+    say("\nStep 5: compare. TABOM minus masking is what ranking adds; minus shuffled, what recorded\n"
+        "    order adds. `best, sampled` is what it costs. One seed: 4 points may be chance.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:

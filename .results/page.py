@@ -35,7 +35,8 @@ def markdown(lines):
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 def mean_of(found, arm, figure):
-    values, digits = over_seeds(found, {arm: 1}, figure), {"TDS": 3}.get(figure, 1)
+    values = over_seeds(found, {arm: 1}, figure)
+    digits = 3 if figure == "TDS" else 2 if figure.startswith(("nll", "gap")) else 1
     return f"{statistics.mean(values):.{digits}f}" if values else ""
 
 def change(found, arm, other="No-SFT", figure="own order"):
@@ -109,28 +110,31 @@ def curve(found, arm, figure, rates=RATES):
 def draw_rates(folder):
     import matplotlib
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "tabom", "svg.fonttype": "none",
-                            "font.family": "sans-serif"}                 # the same bytes each time
+    matplotlib.rcParams["svg.hashsalt"] = "tabom"                        # the same bytes each time
     from matplotlib import pyplot
-    found = {seed: arms for seed, arms in load(folder).items() if seed in FIVE}
+    found = load(folder)
+    five, three = ({seed: found[seed] for seed in some} for some in (FIVE, FIVE[:3]))
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     own, best, other, frontier = panels.flat
     for arm in CURVES:
+        color = own.plot([], [], marker="o", markersize=3, label=arm)[0].get_color()
         for panel, name in ((own, "own order"), (best, "best order"), (other, "mul")):
-            rates, means, lows, highs = zip(*curve(found, arm, name))
-            line, = panel.plot(rates, means, marker="o", markersize=3, label=arm)
-            panel.fill_between(rates, lows, highs, alpha=0.15, color=line.get_color())
-            panel.set(xscale="log", title=name, xlabel="learning rate (dotted: the paper's)")
-        sampled = [mean for _, mean, *_ in curve(found, arm, "best order, sampled")]
-        best.plot(rates, sampled, linewidth=0.7, color=line.get_color())
-        gains = [mean for _, mean, *_ in curve(found, arm, "own order")]
-        frontier.plot(sampled, gains, marker="o", markersize=3, color=line.get_color())
-    for panel in (own, best, other):
+            rates, means, lows, highs = zip(*curve(five, arm, name))
+            panel.plot(rates, means, marker="o", markersize=3, color=color)
+            panel.fill_between(rates, lows, highs, alpha=0.15, color=color, linewidth=0)
+        kept, gained = ([mean for _, mean, *_ in curve(five, arm, name)]
+                        for name in ("best order, sampled", "own order"))
+        best.plot(rates, kept, linewidth=0.7, color=color)
+        frontier.plot(kept, gained, marker="o", markersize=3, color=color)
+    margins = [f"TABOM:margin={margin}" for margin in (0.1, 0.2, 0.3, 0.5, 0.7)] + ["TABOM"]
+    frontier.plot(*([statistics.mean(over_seeds(three, {arm: 1}, name)) for arm in margins]
+                    for name in ("best order, sampled", "own order")), "k:", marker=".")
+    for panel, title in ((own, "own order"), (best, "best order (thin: sampled)"), (other, "mul")):
+        panel.set(xscale="log", title=title, xlabel="learning rate (dotted line: the paper's)")
         panel.axvline(2e-5, color="grey", linestyle=":")
-    best.set_title("best order (thin: sampled)")
-    frontier.set(title="own order against best order, sampled", xlim=(70, 98),
-                 xlabel="best order, sampled: what is kept")
-    own.set_ylabel("percent right, mean and 95 % interval")
+    frontier.set(title="one curve for each arm, one point for each rate\n(dotted: TABOM, margins from "
+                 "0.1 to 1)", xlabel="best order, sampled", ylabel="own order", xlim=(60, 100))
+    own.set_ylabel("percent right: mean and 95 % interval")
     own.legend(fontsize=8)
     figure.savefig(folder / "rates.svg", metadata={"Date": None})
     pyplot.close(figure)
