@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """TABOM in one file: train a masked diffusion language model on the order in which it decodes.
 
-Such a model fills in a response of which some tokens are hidden, [MASK].  To answer, it starts from
-[MASK] alone and writes one token after the other, easy ones first.  But it is trained on responses
+Such a model fills in a response of which some tokens are hidden, [MASK].  To answer, it starts with
+all of them hidden and writes one after the other, easy ones first.  But it is trained on responses
 with *random* tokens hidden: half-written responses (*states*) that decoding will rarely meet.
 TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv 2605.11854; this file is
 unofficial) trains on the states that the model itself passed through on its way to right answers:
@@ -11,8 +11,8 @@ unofficial) trains on the states that the model itself passed through on its way
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
     3. keep the answers that a checker accepts: the checker is yours
     4. rebuild a state on the way to such an answer, train on what came next       (Eq. 9, term 1)
-    5. and rank: what was written earlier should be surer, have the lower entropy  (Eq. 7-8)
-       so that decoding, which writes first what it is surest of, repeats that order
+    5. and rank: of what is hidden there, the next should have the lowest entropy  (Eq. 7-8)
+       and so on: then decoding, which writes first what it is surest of, repeats that order
 
 A *trajectory* is an answer with the rank of each position: when it was written.  To *cut* it is to
 show what was written before some moment, and hide the rest.  The *window* is the W tokens that were
@@ -23,7 +23,7 @@ masking*, step 4 alone, cuts the recorded order, and learns the window.  TABOM a
 
 A model is any callable from tokens (B, L+N) to logits (B, L+N, V) that sees both sides of a token
 (no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary; K is
-the number of positions, of all rows together, that a mask (B, N) picks.  Entropies are in nats.
+the number of True in a mask (B, N).  Entropies are in nats.
 """
 # ==== The method begins here: copy sections 1-7.  They need nothing but torch and your model. =====
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Trajectories:
                 and all(x.dtype == torch.int64 for x in vars(self).values()), "prompt (B, L), "
                 f"response (or given), rank (B, N) must be int64, not {p}, {r}, {ranks}.")
         place = torch.arange(r[1], device=self.response.device) - r[1]                 # -N .. -1
-        sorted_rank = (place + self.n_decoded[:, None]).clamp(min=-1)
+        sorted_rank = (place + self.n_decoded[:, None]).clamp(min=-1)    # -1 .. -1, 0 .. n-1
         require(self.decode_rank.sort(1).values.equal(sorted_rank),
                 "decode_rank must hold 0 .. n-1 once each in every row, and -1 elsewhere.")
 
@@ -164,10 +164,10 @@ def predictive_entropy(logits):
 
 # == 3. Decode from easy to hard, and remember the order (Eq. 2, Def. 1) ===========================
 # Start fully masked; at each step ask about every masked position, write the surest, note the step.
+# An `order` is a function that says how hard each candidate is; the easiest is written first.
 
 def by_entropy(logits, tokens, candidates):
-    """An order is a function that says how hard each candidate is; the easiest is written first.
-    logits (K, V) of the candidates (B, N) bool, tokens (B, L+N) that the model saw -> (K,)."""
+    """logits (K, V) of the candidates (B, N) bool, tokens (B, L+N) that the model saw -> (K,)."""
     return predictive_entropy(logits)
 
 def by_confidence(logits, tokens, candidates):
@@ -180,7 +180,7 @@ def decode(model, prompt, response_length, *, mask_id, order=by_entropy, tokens_
     """Answer prompts (B, L) -> `Trajectories` with responses of response_length = N tokens.
     order            what counts as easy: a function as above.  Of equal ones the leftmost.
     tokens_per_step  positions written per forward pass, ranked among themselves by entropy
-    temperature      0 is greedy.  It changes which token a step writes, not at which position.
+    temperature      0 is greedy.  A token is drawn, its position is not; later ones depend on it.
     block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
     generator        seeds what is sampled; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and mask_id where to decode
@@ -222,10 +222,10 @@ def pick_tokens(logits, temperature, generator):
 # == 4. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: let the probability of a state be in proportion to exp(-beta E), beta > 0, where E sums
 # the entropies h that its written tokens had just before their writing.  Two states can come next,
-# with r or with s written; their ratio is exp(-beta (h(r) - h(s))).  The first is likelier if
-# h(r) < h(s) (Lemma 1), whatever beta.  If r was written first, we want this, by gamma nats.
-# Circular, as entropy set the order?  No: at a cut only the next token is surest by construction.
-# Later ones were, in states that do not exist yet, to be foreseen.  And wrong answers are left out.
+# with r or with s written; their ratio is exp(-beta (h(r) - h(s))).  If r was written first, it
+# should be above 1: h(r) < h(s), both before writing, at one cut (Lemma 1).  We ask for gamma nats.
+# Circular, as entropy set the order?  Only for the next token: at the cut it is the surest.  Others
+# became the surest later, when more was visible; now the model must rank them at the cut.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -253,7 +253,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size in tokens (paper: 32 of 256); margin in nats (paper: 0.2); rank_weight (paper: 1);
-    n_visible (B,): where to cut, 0 .. n-1; by default drawn, as is right for one token per step."""
+    n_visible (B,): where to cut, 0 .. n-1; by default drawn, for answers of one token per step."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -271,7 +271,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
     """Eq. 1, the negative evidence lower bound: the mean of -log p over the hidden positions of a
-    row, then over rows; 1 .. n are hidden.  Plain text: from_steps(prompt, text, steps of 0)."""
+    row, then over rows; 1 .. n are hidden.  Plain text: from_steps(prompt, text, zeros)."""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
     log_p = predict(model, trajectories, masked, masked, mask_id)        # (K, V)
@@ -381,7 +381,7 @@ def discrimination_score(states):
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is written until a later one.
-    Their numbers of visible tokens are drawn from 0 .. n, every pair of two equally likely."""
+    Both cuts are drawn from 0 .. n, every pair of different ones equally likely."""
     n = trajectories.n_decoded
     first = draw_below(n + 1, generator)
     second = (first + 1 + draw_below(n, generator)) % (n + 1)            # any number but `first`
@@ -392,9 +392,9 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     return loss, {"nll": loss.detach()}
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
-    """T3D (arXiv 2602.12262): prefer the recorded tokens x0 to y^, the likeliest of a reference
-    (`LaggedCopy`).  With l(y) = mean log p(y) over what a cut of the recorded order hides, and
-    L_path = the mean of -log p(x0), weighted from 1 for the next one linearly to 1/n_masked:
+    """T3D (arXiv 2602.12262): raise the recorded tokens x0, lower y^, the likeliest of a reference
+    (`LaggedCopy`), and learn x0, the next one more than the last.  With l(y) = mean log p(y) over
+    what a cut hides, and L_path = mean of -log p(x0), weighted from 1 linearly to 1/n_masked:
     L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path."""
     rank, n = trajectories.decode_rank, trajectories.n_decoded
     masked, _ = cut(rank, draw_below(n, generator))
@@ -426,9 +426,9 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# Arms are the ways of training that are compared.  The toy, toy_data.py, has three tasks.  `pick`:
-# choose a factor of two digits, each one of c that are allowed; write 47 times it, and the working.
-# `mul`: the factor is given.  `add`.  Arms train on pick; mul and add show what is forgotten.
+# Arms are the ways of training that are compared.  The toy: in `pick` choose a factor, each digit
+# one of c, say 5 to 8; write 47 times it, and the working.  In `mul` it is given; `add` adds.
+# Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
@@ -437,12 +437,12 @@ class Settings:
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions: foreign, or "own", that of the corpus
+    style: str = "other"              # of given solutions: another one, or "own", the corpus's
     pretrain_updates: int = 4500      # then nearly all is right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
     keep: str = "right"               # what the checker accepts; "all" keeps every answer
-    test_problems: int = 400          # of mul and of add; of pick two fifths of it for each c
+    test_problems: int = 400          # of mul, of add; of pick 0.4 of it for each c
     split: str = "test"               # "validation" when something is chosen by the figures
 
 WORDS = {"style": ("other", "own"), "keep": ("right", "all"), "split": ("test", "validation")}
@@ -486,8 +486,7 @@ def read_arm(name, settings):
 # == 11. The denoiser ==============================================================================
 
 class Denoiser(nn.Module):
-    """A plain bidirectional transformer: tokens (B, L+N) int64 -> logits (B, L+N, V).  [MASK] is
-    token V, an input without output.  It gets no diffusion time: the masks say how much is left."""
+    """A bidirectional transformer: (B, L+N) -> (B, L+N, V).  [MASK] is token V, an input only."""
     def __init__(self, vocabulary_size, length, layers=3, width=96, heads=4):
         super().__init__()
         self.token = nn.Embedding(vocabulary_size + 1, width)
@@ -589,13 +588,13 @@ def answer(model, problems, **settings):
     return answers, toy.is_correct(rows_of(answers))
 
 def evaluate(model, tests, seed):
-    """-> all figures of a model; the model, its greedy answers to pick, and which are right."""
+    """-> all figures of a model, its greedy answers to pick, and which of them are right."""
+    pick = tests["pick"]
     def percent(right):
         return 100 * right.float().mean().item()
     def sampling():                              # the same draws each time
         return {"temperature": 1.0, "generator": random_stream(seed, "evaluate", pick.device)}
 
-    pick = tests["pick"]
     choosing = pick[toy.n_choices(pick) > 1]
     some = toy.first_of_each(choosing, 20).repeat_interleave(16, 0)
     answers, right = answer(model, pick)
@@ -609,47 +608,48 @@ def evaluate(model, tests, seed):
             **{domain: percent(answer(model, tests[domain])[1]) for domain in ("mul", "add")},
             "pass@16": percent(sampled.view(-1, 16).any(1)),
             "right factors": toy.distinct_right_factors(rows_of(samples), sampled, 16),
-            "TDS": discrimination_score(states).item(), "by c": by_c}, model, answers, right
+            "TDS": discrimination_score(states).item(), "by c": by_c}, answers, right
 
-# == 14. The demo: the paper's five steps ==========================================================
+# == 14. The demo, in five parts ===================================================================
 
 def compare(runs):
     """[{arm: figures} of each seed] -> the table of means."""
-    def mean(arm, name):
-        value = sum(run[arm][name] for run in runs) / len(runs)
-        return f"{value:.{3 if name == 'TDS' else 1}f}"
-    lines = [[arm, *(mean(arm, name) for name in toy.FIGURES)] for arm in runs[0]]
-    return toy.table([["", *(name.replace(" order, ", ", ") for name in toy.FIGURES)], *lines])
+    lines = [["", *(name.replace(" order, ", ", ") for name in toy.FIGURES)]]
+    for arm in runs[0]:
+        means = {name: sum(run[arm][name] for run in runs) / len(runs) for name in toy.FIGURES}
+        lines.append([arm, *(f"{means[x]:.{3 if x == 'TDS' else 1}f}" for x in means)])
+    return toy.table(lines)
 
 def film(pick, base, tuned):
     """How two models, each (model, answers, right), wrote one of the answers that were judged."""
-    only_tuned = tuned[-1] & ~base[-1]
+    (_, before, base_right), (_, after, tuned_right) = base, tuned
+    only_tuned = tuned_right & ~base_right
     if not only_tuned.any():
-        return "There is no prompt that only TABOM gets right."
-    forward = ((base[1].decode_rank - tuned[1].decode_rank) * toy.is_factor(pick)).sum(1)
+        return "There is no prompt that TABOM gets right and the base does not."
+    forward = ((before.decode_rank - after.decode_rank) * toy.is_factor(pick)).sum(1)
     row = forward.where(only_tuned, -99).argmax()
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Of the prompts that only TABOM gets right, this is the one whose factor moved forward\n"
-            "most. Each digit of p, u or t that is written before f leaves fewer factors that fit.\n"
+    return ("Of the prompts that TABOM gets right and the base does not, the one whose factor moved"
+            "\nforward most. A factor written late must fit what stands there: a division.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
-    """All five steps with one seed -> {arm: figures}."""
+    """All parts with one seed -> {arm: figures}."""
     corpus, odds, problems = toy.split_problems(seed)
     parts, count = problems[settings.split], settings.test_problems
     tests = {"pick": toy.first_of_each(parts["pick"], math.ceil(0.4 * count)).to(device),
              "mul": parts["mul"][:count].to(device), "add": parts["add"][:count].to(device)}
     run = {"seed": seed, "settings": vars(settings), "made by": made_by, "arms": {}}
 
-    say(f"\nStep 1, seed {seed}: pretrain as usual (Eq. 1). nll is the cross-entropy in nats.")
+    say(f"\nPart 1, seed {seed}: pretrain as usual. nll: cross-entropy of hidden tokens in nats.")
     base = pretrain(corpus.to(device), odds, settings.pretrain_updates, seed)
     store(folder, f"seed-{seed}-base.pt", base.state_dict())
 
-    say("\nStep 2: why order matters. In pick the model multiplies by a factor of its own choice.\n"
-        "    Percent right by order and c, how many digits it can choose from (2-5: mean). gap,\n"
-        "    nats at the start: entropy of the factor's surest digit minus the lowest elsewhere.")
+    say("\nPart 2: why order matters. In pick the model multiplies by a factor of its own choice.\n"
+        "    Percent right by c, the number of digits to choose from. own: surest first; best:\n"
+        "    factor first. gap: lowest entropy in the factor minus elsewhere, first step, nats.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -658,33 +658,33 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     gap = toy.by_choices(pick, toy.entropy_gap(pick, entropy))
     say(toy.table([["order", *gap], *([name, *right.values()] for name, right in by_c.items()),
                    ["gap", *(f"{nats:.2f}" for nats in gap.values())]]))
-    run |= {"orders": {name: right["2-5"] for name, right in by_c.items()}, "entropy gap": gap}
 
-    say("\nStep 3: collect, check, keep. The base answers queries; its right answers are the data.")
+    say("\nPart 3: record, check, keep. The base answers queries, its tokens sampled.")
     queries = problems["query"]["pick"].to(device)
     queries = queries[torch.arange(settings.queries, device=device) % len(queries)]
     rollouts, right = answer(base, queries, temperature=settings.temperature,
                              generator=random_stream(seed, "collect", device))
     kept = rollouts[right] if settings.keep == "right" else rollouts
-    say(f"    kept {len(kept)} of {len(rollouts)}, each with the order in which it was written")
+    say(f"    kept {len(kept)} right ones of {len(rollouts)}, each with its order: the data")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nStep 4: fine-tune a copy of the base for each arm. SFT-GT learns given solutions in a\n"
-        "    foreign format (style=own: the base's). The others learn the base's right answers:\n"
-        "    SFT-SD cut in random order, masking in recorded order, TABOM also ranked; shuffled is\n"
-        "    TABOM with random ranks. pair_accuracy: 0.5 by chance. All means since the last line.")
+    say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
+        "    (style=own: in the base's). Others learn its own right answers: SFT-SD cut in random\n"
+        "    order, masking in recorded order; TABOM also ranks; shuffled, at random. Means since\n"
+        "    the last line. pair_accuracy: of the window's pairs, the share in order (chance: 0.5)")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
-        figures, *judged[name] = evaluate(model, tests, seed)
+        figures, answers, right = evaluate(model, tests, seed)
+        judged[name] = model, answers, right
         run["arms"][name] = {"settings": vars(read_arm(name, settings)[1]), **figures}
         store(folder, f"seed-{seed}.json", run)
         say(f"    {name}: {figures['own order']:.1f} percent of pick right in its own order")
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nStep 5: compare. TABOM minus masking is what ranking adds; minus shuffled, what recorded\n"
-        "    order adds. `best, sampled` is what it costs. One seed: 4 points may be chance.\n")
+    say("\nPart 5: compare. masking minus SFT-SD: recorded cuts. TABOM minus masking: ranking,\n"
+        "    the paper's with 0.2. best, sampled: the cost. 4 points in own order can be chance.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:
@@ -735,7 +735,7 @@ def main(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"arms: {', '.join(ARMS)}\n\n"
         "settings, with defaults and reasons:\n" + inspect.getsource(Settings).split(":\n", 1)[1])
     add = parser.add_argument
-    add("--demo", action="store_true", required=True, help="run all five steps")
+    add("--demo", action="store_true", required=True, help="run all five parts")
     add("--quick", action="store_true", help="in a minute, only to see that it runs")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     add("--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help="rows of the table, each a "

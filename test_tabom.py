@@ -774,7 +774,7 @@ def test_tables_and_pictures():
     assert lines[13].split() == ["[3]", *"99585235376"] and len({map(len, lines)}) == 1
     wrong = toy_data.draw_states(rows("47x58a 3994 85 235 376")[0], rank, [torch.zeros(12)] * 12)
     both = toy_data.side_by_side(row, lines, wrong).split("\n")
-    assert "47 x (digits 5 to 8), layout a" in both[0] and both[3].split() == ["base", "|", "TABOM"]
+    assert "47 x (digits 5 to 8). p:" in both[0] and both[3].split() == ["base", "|", "TABOM"]
     assert [line.split()[:2] for line in both[5:18]] == [["step", str(k)] for k in range(13)]
     assert both[18].split() == ["right", "|", "wrong"]
 
@@ -803,7 +803,8 @@ def test_every_figure_of_a_model_that_is_known_by_heart(monkeypatch):
     asked, answer, tests = [], tabom.answer, tiny_tests(21)
     monkeypatch.setattr(tabom, "answer", lambda *x, **own: asked.append((len(x[1]), own)) or
                         answer(*x, **own))
-    found, model, answers, right = tabom.evaluate(Solver(), tests, 5)
+    model = Solver()
+    found, answers, right = tabom.evaluate(model, tests, 5)
     assert list(found) == [*toy_data.FIGURES, "by c"] and right.all()
     assert found["by c"] == dict.fromkeys("12345", 100)
     for name in ("own order", "sampled", "best order", "best order, sampled", "mul", "pass@16"):
@@ -920,15 +921,14 @@ def test_the_whole_demo_with_every_arm(tmp_path, capsys):
     folder, arms = tmp_path / "new" / "folder", [*tabom.DEFAULT_ARMS, "dInfer", "T3D"]
     assert run("--seeds", "3", "--out", str(folder), "--arms", *arms) == 0
     printed = capsys.readouterr().out
-    assert printed.isascii() and all(printed.count(f"Step {k}") == 1 for k in range(1, 6))
-    assert "There is no prompt that only TABOM gets right." in printed and "rank_loss" in printed
+    assert printed.isascii() and all(printed.count(f"Part {k}") == 1 for k in range(1, 6))
+    assert "There is no prompt that TABOM gets right" in printed and "rank_loss" in printed
     assert all(f"\n    {name} " in printed for name in arms)
     assert sorted(path.name for path in folder.iterdir()) == [
         "seed-3-TABOM.pt", "seed-3-base.pt", "seed-3.json"]
     found = json.loads((folder / "seed-3.json").read_text(), parse_constant=pytest.fail)
-    assert set(found) == {"seed", "settings", "made by", "orders", "entropy gap", "arms"}
-    assert list(found["orders"]) == ["own", "left to right", "best"] and found["seed"] == 3
-    assert list(found["entropy gap"]) == ["2-5", *"12345"] and list(found["arms"]) == arms
+    assert set(found) == {"seed", "settings", "made by", "arms"} and found["seed"] == 3
+    assert list(found["arms"]) == arms
     for name, row in found["arms"].items():
         assert list(row) == ["settings", *toy_data.FIGURES, "by c"] and [*row["by c"]] == [*"12345"]
         assert row["settings"]["margin"] == (0.2 if "0.2" in name else tabom.Settings().margin)
@@ -960,7 +960,7 @@ def test_the_film_shows_the_prompt_on_which_the_factor_came_forward_most(monkeyp
     states = [entropy[0] for _, entropy in replay(Solver(), answers[2:3], mask_id=16)]
     lines = toy_data.draw_states(tabom.rows_of(answers)[2], answers.decode_rank[2], states)
     assert all(line in text for line in lines)
-    assert tabom.film(pick, tuned, base) == "There is no prompt that only TABOM gets right."
+    assert tabom.film(pick, tuned, base) .startswith("There is no prompt")
 
 @pytest.mark.parametrize("arguments, says", [
     (["--set", "depth=3"], "'depth' is not a setting here, only learning_rate"),

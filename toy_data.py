@@ -204,7 +204,7 @@ def table(lines):
 
 FIGURES = {                         # what is measured of a model, and what it tells
     "own order": "percent of pick right if the model chooses what to write next; greedy tokens",
-    "sampled": "the same of 16 answers to each of 80 prompts, with tokens sampled at temperature 1",
+    "sampled": "the same of 16 answers to each of 80 prompts, tokens sampled (temperature 1)",
     "best order": "percent of pick right if it is told the order: has it kept its skill?",
     "best order, sampled": "the same with sampled tokens",
     "mul": "percent right of another domain: has it forgotten?",
@@ -231,10 +231,10 @@ def draw_states(row, rank, entropies):
 
 def side_by_side(prompt, base, tuned):
     """Two pictures of answers to one prompt of pick, lines each -> text."""
-    first, (sign, low, high, layout) = to_text(prompt[:2]), to_text(prompt[2:PROMPT_LENGTH])
+    first, (sign, low, high) = to_text(prompt[:2]), to_text(prompt[2:5])
     labels = ["", *(f"step {step}" for step in range(RESPONSE_LENGTH + 1)), ""]
-    lines = [f"{first} {sign} (digits {low} to {high}), layout {layout}; p is the product, u and t "
-             "are the rows of units and tens.\n[ ] was just written; hidden positions go from sure "
-             "to unsure: . : + # @\n", 12 * " " + "base".center(36) + "   |" + "TABOM".center(40)]
+    lines = [f"{first} {sign} (digits {low} to {high}). p: product, f: factor, u and t: "
+             "rows of units and tens.\n[ ] was just written. Hidden positions by entropy, in half "
+             "nats: . : + # @\n", 12 * " " + "base".center(36) + "   |" + "TABOM".center(40)]
     lines += [f"    {name:8}{left}   |  {right}" for name, left, right in zip(labels, base, tuned)]
     return "\n".join(lines)

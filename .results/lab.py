@@ -197,7 +197,7 @@ def measure(name, seed):
     model, pick = fine_tune(name, seed), seed.tests["pick"]
     checker = partial(is_correct, also_old=name.startswith("SFT-GT-old"))
     with unittest.mock.patch.object(toy, "is_correct", checker):
-        figures, _, answers, _ = tabom.evaluate(model, seed.tests, seed.seed)
+        figures, answers, _ = tabom.evaluate(model, seed.tests, seed.seed)
         by_c = figures.pop("by c")
         figures |= {f"c = {c}": value for c, value in by_c.items()}
         figures["c = 5 - 2"] = by_c["5"] - by_c["2"]
