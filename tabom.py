@@ -11,8 +11,8 @@ unofficial) trains on the states that the model itself passed through on its way
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
     3. keep the answers that a checker accepts: the checker is yours
     4. rebuild a state on the way to such an answer, train on what came next       (Eq. 9, term 1)
-    5. and rank: of what is hidden there, the next should have the lowest entropy  (Eq. 7-8)
-       and so on: then decoding, which writes first what it is surest of, repeats that order
+    5. and rank: of the hidden tokens, those written sooner should be surer        (Eq. 7-8)
+       so that decoding, which writes first what it is surest of, repeats that order
 
 A *trajectory* is an answer with the rank of each position: when it was written.  To *cut* it is to
 show what was written before some moment, and hide the rest.  The *window* is the W tokens that were
@@ -22,8 +22,8 @@ masking*, step 4 alone, cuts the recorded order, and learns the window.  TABOM a
     python tabom.py --demo    all of it on arithmetic, four minutes on a laptop; see also --help
 
 A model is any callable from tokens (B, L+N) to logits (B, L+N, V) that sees both sides of a token
-(no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary; K is
-the number of True in a mask (B, N).  Entropies are in nats.
+(no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary, K
+the number of True in a mask (B, N).  Sure means: low entropy, in nats.
 """
 # ==== The method begins here: copy sections 1-7.  They need nothing but torch and your model. =====
 from dataclasses import dataclass
@@ -670,8 +670,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
         "    (style=own: in the base's). Others learn its own right answers: SFT-SD cut in random\n"
-        "    order, masking in recorded order; TABOM also ranks; shuffled, at random. Means since\n"
-        "    the last line. pair_accuracy: of the window's pairs, the share in order (chance: 0.5)")
+        "    order, masking in recorded order; TABOM also ranks; shuffled, at random. Printed are\n"
+        "    means since the last line. rank_loss: Eq. 8. pair_accuracy: pairs in order, chance 0.5")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. masking minus SFT-SD: recorded cuts. TABOM minus masking: ranking,\n"
-        "    the paper's with 0.2. best, sampled: the cost. 4 points in own order can be chance.\n")
+    say("\nPart 5: compare. masking minus SFT-SD is what recorded cuts add; TABOM minus masking,\n"
+        "    what ranking adds (paper's margin: 0.2). best, sampled: the cost. Chance: 4 points.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:
