@@ -9,7 +9,7 @@ unofficial) trains on the states that the model itself passed through on its way
 
     1. pretrain as usual: hide random tokens, predict them                         (Eq. 1)
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
-    3. keep the answers that a checker accepts: the checker is yours
+    3. keep the answers that your checker accepts: among them good orders are more common
     4. rebuild a state on the way to such an answer, train on what came next       (Eq. 9, term 1)
     5. and rank: of the hidden tokens, those written sooner should be surer        (Eq. 7-8)
        so that decoding, which writes first what it is surest of, repeats that order
@@ -73,7 +73,7 @@ class Trajectories:
 
     def only(self, keep):
         """Neither train nor rank positions where keep (B, N) bool is False.  They stay visible: but
-        padding shows where an answer ends.  If the model should see [MASK] there, first build
+        padding shows where an answer ends.  To hide them from the model, first build
         `Trajectories(prompt, response.masked_fill(~keep, mask_id), decode_rank)`."""
         return from_steps(self.prompt, self.response, self.decode_rank.masked_fill(~keep, -1))
 
@@ -222,10 +222,10 @@ def pick_tokens(logits, temperature, generator):
 # == 4. The ranking loss (Eq. 7-8) =================================================================
 # Boltzmann: let the probability of a state be in proportion to exp(-beta E), beta > 0, where E sums
 # the entropies h that its written tokens had just before their writing.  Two states can come next,
-# with r or with s written; their ratio is exp(-beta (h(r) - h(s))).  If r was written first, it
-# should be above 1: h(r) < h(s), both before writing, at one cut (Lemma 1).  We ask for gamma nats.
-# Circular, as entropy set the order?  Only for the next token: at the cut it is the surest.  Others
-# became the surest later, when more was visible; now the model must rank them at the cut.
+# with r or with s written; the ratio of their probabilities is exp(-beta (h(r) - h(s))).  If r was
+# written first, we want it above 1: h(r) < h(s), at one cut (Lemma 1), and this by gamma nats.
+# Circular, as entropy set the order?  Only for the next token: at the cut it was the surest.  The
+# others became so later, when more was visible.  Now the model must rank them at the cut.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -253,7 +253,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size in tokens (paper: 32 of 256); margin in nats (paper: 0.2); rank_weight (paper: 1);
-    n_visible (B,): where to cut, 0 .. n-1; by default drawn, for answers of one token per step."""
+    n_visible (B,): where to cut, 0 .. n-1; by default drawn (several tokens per step: pass it)."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -270,8 +270,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 # Pretraining: cut a random order, learn all that is hidden.  Decoding visits few of these states.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
-    """Eq. 1, the negative evidence lower bound: the mean of -log p over the hidden positions of a
-    row, then over rows; 1 .. n are hidden.  Plain text: from_steps(prompt, text, zeros)."""
+    """Eq. 1, the negative evidence lower bound: the mean of -log p over 1 to n hidden positions of
+    a row, then over rows.  Text without order: from_steps(prompt, text, torch.zeros_like(text))."""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
     log_p = predict(model, trajectories, masked, masked, mask_id)        # (K, V)
@@ -376,8 +376,8 @@ def discrimination_score(states):
     return torch.cat(scores).mean()                                      # Eq. 11
 
 # == 9. The rivals =================================================================================
-# Losses of the same form; they need sections 1-7.  Two rivals are `nelbo_loss`: SFT-GT on given
-# solutions (ground truth), SFT-SD on the model's own right answers (self-distilled).
+# Losses of the same form (in the demo: --arms dInfer T3D).  Two more rivals are `nelbo_loss`:
+# SFT-GT on given solutions (ground truth), SFT-SD on own right answers (self-distilled).
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is written until a later one.
@@ -392,9 +392,9 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     return loss, {"nll": loss.detach()}
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
-    """T3D (arXiv 2602.12262): raise the recorded tokens x0, lower y^, the likeliest of a reference
-    (`LaggedCopy`), and learn x0, the next one more than the last.  With l(y) = mean log p(y) over
-    what a cut hides, and L_path = mean of -log p(x0), weighted from 1 linearly to 1/n_masked:
+    """T3D (arXiv 2602.12262): raise log p of the recorded tokens x0 against a reference, a
+    `LaggedCopy`; lower that of y^, its likeliest; learn x0, with weights from 1 for the next token
+    to 1/n_masked for the last (L_path).  With l(y) = mean log p(y) over what a cut hides:
     L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path."""
     rank, n = trajectories.decode_rank, trajectories.n_decoded
     masked, _ = cut(rank, draw_below(n, generator))
@@ -426,9 +426,9 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# Arms are the ways of training that are compared.  The toy: in `pick` choose a factor, each digit
-# one of c, say 5 to 8; write 47 times it, and the working.  In `mul` it is given; `add` adds.
-# Arms train on pick; mul and add show what is forgotten.
+# Arms are the ways of training that are compared.  The toy: in `pick`, 47x58a asks for a factor of
+# your own choice with digits from 5 to 8 (c = 4 of them), 47 times this factor, and the working.
+# In `mul` the factor is given; `add` adds.  Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
@@ -632,7 +632,7 @@ def film(pick, base, tuned):
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
     return ("Of the prompts that TABOM gets right and the base does not, the one whose factor moved"
-            "\nforward most. A factor written late must fit what stands there: a division.\n"
+            "\nforward most. The later it is written, the more it must fit what stands there.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -670,8 +670,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
         "    (style=own: in the base's). Others learn its own right answers: SFT-SD cut in random\n"
-        "    order, masking in recorded order; TABOM also ranks; shuffled, at random. Printed are\n"
-        "    means since the last line. rank_loss: Eq. 8. pair_accuracy: pairs in order, chance 0.5")
+        "    order, masking in recorded order; TABOM also ranks; shuffled, at random. Means since\n"
+        "    the last line. rank_loss: Eq. 8. pair_accuracy: pairs in order, as most are at first.")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. masking minus SFT-SD is what recorded cuts add; TABOM minus masking,\n"
-        "    what ranking adds (paper's margin: 0.2). best, sampled: the cost. Chance: 4 points.\n")
+    say("\nPart 5: compare. masking minus SFT-SD: recorded cuts and window. TABOM minus masking:\n"
+        "    ranking (paper: margin 0.2). best, sampled: the cost. Own order: +-4 may be noise.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:
