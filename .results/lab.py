@@ -207,6 +207,7 @@ def measure(name, seed):
             figures |= pass_at(model, pick, seed.seed) | why(model, pick, answers)
             products = product_alone(tabom.rows_of(tabom.answer(model, seed.tests["mul"])[0]))
             figures["product of mul"] = 100 * products.float().mean().item()
+            figures |= crossed(seed.base, model, pick)
     return figures
 
 def is_correct(rows, also_old, checker=toy.is_correct):
@@ -218,6 +219,17 @@ def is_correct(rows, also_old, checker=toy.is_correct):
         right |= checker(with_own) & (rows == solve_old(rows, factor)).all(1) & (
             rows[:, 2] == toy.token("x"))
     return right
+
+def crossed(base, model, pick):
+    """Is it the order?  Percent right if one model writes and another one says where."""
+    def order_of(other):
+        return lambda _, tokens, candidates: tabom.predictive_entropy(
+            other(tokens)[:, toy.PROMPT_LENGTH:][candidates])
+    pairs = {"base writes in this order": (base, order_of(model)),
+             "writes in the base's order": (model, order_of(base)),
+             "by confidence": (model, tabom.by_confidence)}
+    return {name: toy.by_choices(pick, tabom.answer(writer, pick, order=order)[1])["2-5"]
+            for name, (writer, order) in pairs.items()}
 
 def product_alone(rows):
     """(n,) bool: is the product of a row of mul right, whatever stands in the working?"""

@@ -18,9 +18,10 @@ import tabom
 import toy_data as toy
 
 # == Tables ========================================================================================
-TEN, FIVE = range(10, 20), range(10, 15)
+TEN, FIVE, BLOCKS = range(10, 20), range(10, 15), (1, 2, 3, 4, 6)
 COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
            "pass@16 of 160", "right factors", "two a step", "TDS")
+SHORT = ("own order", "best order", "best order, sampled", "mul")
 FRONT = {"the base": "No-SFT", "the base, in one fixed order for each layout": "contrast prior",
          "given solutions in another format (SFT-GT)": "SFT-GT",
          "given solutions, 1/20 of the learning rate": at("SFT-GT", lab.TUNED),
@@ -83,16 +84,14 @@ def tables(folder):
             "a right one in 16": "pass@16 of 160"}),
         "Arms": table_of_arms(ten, same(GROUPS["core"]), same(COLUMNS), "seeds"),
         "Claims": by_claim(lab.judge(ten, claims)),
-        **{f"Rates: {figure}": grid(
-            five, figure, (*CURVES, "SFT-GT-old"), [f"{rate:g}" for rate in RATES],
-            lambda arm, rate, figure=figure: (at(arm, float(rate)), figure))
-           for figure in ("own order", "best order", "best order, sampled", "mul")},
+        "Rates": markdown([["", *(f"{rate:g}" for rate in RATES)], *(
+            [arm, *(" / ".join(mean_of(five, at(arm, rate), figure) for figure in SHORT).strip(" /")
+                    for rate in RATES)] for arm in (*CURVES, "SFT-GT-old"))]),
         "Sweeps": table_of_arms(ten, same(GROUPS["sweeps"]), same(COLUMNS[:6]), "seeds"),
         "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]), same(COLUMNS[:6])),
         "Orders": grid(ten, "", ["percent right"], (
-            "own", "confidence", "right to left", "random", *(
-                f"blocks of {size}" for size in (1, 2, 3, 4, 6)), "prior", "contrast prior", "best"),
-            lambda _, order: (order, "own order")),
+            "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in BLOCKS),
+            "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
         "Head start": grid(ten, "nats", ["percent right"], lab.NATS, lambda _, nats: (
             f"head start {nats:.1f}", "own order")),
         "Nats": grid(ten, "hidden tokens", ("own answers", "own style", "other style", "old style"),
@@ -116,26 +115,27 @@ def draw_rates(folder):
     five, three = ({seed: found[seed] for seed in some} for some in (FIVE, FIVE[:3]))
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     own, best, other, frontier = panels.flat
-    for arm in CURVES:
-        color = own.plot([], [], marker="o", markersize=3, label=arm)[0].get_color()
-        for panel, name in ((own, "own order"), (best, "best order"), (other, "mul")):
-            rates, means, lows, highs = zip(*curve(five, arm, name))
-            panel.plot(rates, means, marker="o", markersize=3, color=color)
-            panel.fill_between(rates, lows, highs, alpha=0.15, color=color, linewidth=0)
+    for number, arm in enumerate(CURVES):
+        apart = 1 + 0.04 * (number - 2.5)        # so that bars do not hide each other
         kept, gained = ([mean for _, mean, *_ in curve(five, arm, name)]
                         for name in ("best order, sampled", "own order"))
-        best.plot(rates, kept, linewidth=0.7, color=color)
-        frontier.plot(kept, gained, marker="o", markersize=3, color=color)
+        color = frontier.plot(kept, gained, marker="o", markersize=3)[0].get_color()
+        for panel, name in ((own, "own order"), (best, "best order"), (other, "mul")):
+            rates, means, lows, highs = zip(*curve(five, arm, name))
+            rates = [apart * rate for rate in rates]
+            panel.plot(rates, means, marker="o", markersize=3, color=color, label=arm)
+            panel.vlines(rates, lows, highs, color=color, linewidth=0.7)
+        best.plot(rates, kept, linewidth=0.7, linestyle="--", color=color)
     margins = [f"TABOM:margin={margin}" for margin in (0.1, 0.2, 0.3, 0.5, 0.7)] + ["TABOM"]
     frontier.plot(*([statistics.mean(over_seeds(three, {arm: 1}, name)) for arm in margins]
                     for name in ("best order, sampled", "own order")), "k:", marker=".")
-    for panel, title in ((own, "own order"), (best, "best order (thin: sampled)"), (other, "mul")):
+    for panel, title in ((own, "own order"), (best, "best order; dashed: sampled"), (other, "mul")):
         panel.set(xscale="log", title=title, xlabel="learning rate (dotted line: the paper's)")
         panel.axvline(2e-5, color="grey", linestyle=":")
-    frontier.set(title="one curve for each arm, one point for each rate\n(dotted: TABOM, margins from "
-                 "0.1 to 1)", xlabel="best order, sampled", ylabel="own order", xlim=(60, 100))
+    frontier.set(title="a point for each rate (dotted: TABOM's margins)",
+                 xlabel="best order, sampled", ylabel="own order", xlim=(60, 100))
     own.set_ylabel("percent right: mean and 95 % interval")
-    own.legend(fontsize=8)
+    frontier.legend(*own.get_legend_handles_labels(), fontsize=8, loc="lower center")
     figure.savefig(folder / "rates.svg", metadata={"Date": None})
     pyplot.close(figure)
 
