@@ -21,6 +21,7 @@ import toy_data as toy
 TEN, FIVE, BLOCKS = range(10, 20), range(10, 15), (1, 2, 3, 4, 6)
 COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
            "pass@16 of 160", "right factors", "two a step", "TDS")
+CROSSED = ("base writes in this order", "writes in the base's order", "by confidence")
 SHORT = ("own order", "best order", "best order, sampled", "mul")
 FRONT = {"the base": "No-SFT", "the base, in one fixed order for each layout": "contrast prior",
          "given solutions in another format (SFT-GT)": "SFT-GT",
@@ -94,8 +95,9 @@ def tables(folder):
             "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
         "Head start": grid(ten, "nats", ["percent right"], lab.NATS, lambda _, nats: (
             f"head start {nats:.1f}", "own order")),
-        "Nats": grid(ten, "hidden tokens", ("own answers", "own style", "other style", "old style"),
-                     lab.HIDDEN, lambda kind, hidden: (kind, f"nll {hidden}")),
+        "Crossed": grid(ten, "", ("TABOM", "TABOM:margin=0.2", "masking", "SFT-SD", "T3D", "SFT-GT",
+                                  at("SFT-GT", lab.TUNED)),
+                        ("own order", *CROSSED), lambda arm, figure: (arm, figure)),
         "Pairs": grid(ten, "writes apart", ["in order"], range(1, 11), lambda _, apart: (
             "base", f"pairs in order, later, {apart} apart"))}
 
@@ -134,6 +136,8 @@ def draw_rates(folder):
         panel.axvline(2e-5, color="grey", linestyle=":")
     frontier.set(title="a point for each rate (dotted: TABOM's margins)",
                  xlabel="best order, sampled", ylabel="own order", xlim=(60, 100))
+    own.axhline(statistics.mean(over_seeds(five, {"No-SFT": 1}, "own order")), label="the base",
+                color="black", linewidth=0.7)
     own.set_ylabel("percent right: mean and 95 % interval")
     frontier.legend(*own.get_legend_handles_labels(), fontsize=8, loc="lower center")
     figure.savefig(folder / "rates.svg", metadata={"Date": None})
