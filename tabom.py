@@ -665,7 +665,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     rollouts, right = answer(base, queries, temperature=settings.temperature,
                              generator=random_stream(seed, "collect", device))
     kept = rollouts[right] if settings.keep == "right" else rollouts
-    say(f"    kept {len(kept)} right ones of {len(rollouts)}, each with its order: the data")
+    say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
     say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
