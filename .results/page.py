@@ -75,6 +75,7 @@ def tables(folder):
     """{title: table}; the first one stands on the front page."""
     found, claims = load(folder), (lab.HERE / "claims.txt").read_text()
     ten, five = ({seed: found[seed] for seed in some if seed in found} for some in (TEN, FIVE))
+    some = {seed: arms for seed, arms in ten.items() if "by confidence" in arms.get("TABOM", ())}
     def same(names):
         return {name: name for name in names}
 
@@ -83,23 +84,17 @@ def tables(folder):
             "own order": "own order", "best order": "best order",
             "best order, sampled": "best order, sampled", "`mul`": "mul",
             "a right one in 16": "pass@16 of 160"}),
-        "Arms": table_of_arms(ten, same(GROUPS["core"]), same(COLUMNS), "seeds"),
+        "Arms": table_of_arms(ten, same(GROUPS["core"] + GROUPS["sweeps"]), same(COLUMNS), "seeds"),
         "Claims": by_claim(lab.judge(ten, claims)),
         "Rates": markdown([["", *(f"{rate:g}" for rate in RATES)], *(
             [arm, *(" / ".join(mean_of(five, at(arm, rate), figure) for figure in SHORT).strip(" /")
                     for rate in RATES)] for arm in (*CURVES, "SFT-GT-old"))]),
-        "Sweeps": table_of_arms(ten, same(GROUPS["sweeps"]), same(COLUMNS[:6]), "seeds"),
         "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]), same(COLUMNS[:6])),
         "Orders": grid(ten, "", ["percent right"], (
             "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in BLOCKS),
             "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
-        "Head start": grid(ten, "nats", ["percent right"], lab.NATS, lambda _, nats: (
-            f"head start {nats:.1f}", "own order")),
-        "Crossed": grid(ten, "", ("TABOM", "TABOM:margin=0.2", "masking", "SFT-SD", "T3D", "SFT-GT",
-                                  at("SFT-GT", lab.TUNED)),
-                        ("own order", *CROSSED), lambda arm, figure: (arm, figure)),
-        "Pairs": grid(ten, "writes apart", ["in order"], range(1, 11), lambda _, apart: (
-            "base", f"pairs in order, later, {apart} apart"))}
+        "Crossed": grid(some, "", ("TABOM", "masking", "SFT-SD", "SFT-GT", at("SFT-GT", lab.TUNED)),
+                        ("own order", *CROSSED), lambda arm, figure: (arm, figure))}
 
 # == The rates =====================================================================================
 
