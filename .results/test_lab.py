@@ -250,7 +250,8 @@ def test_every_figure_of_the_evidence_was_measured(ten):
         f"{mean('TABOM', 'turn of the factor')} after TABOM.",
         ", ".join(mean(arm, "gap at the start") for arm in ("No-SFT", "SFT-SD")) + " and "
         + mean("TABOM", "gap at the start") + " nats",
-        "by 3.8 points [1.1, 6.4]:", "PyTorch 2.13.0", "95 % interval", "near 100 %", "0.3 nats", "1.4 times",
+        "by 3.8 points [1.1, 6.4]:", "PyTorch 2.13.0", "95 % interval", "near 100 %", "0.3 nats",
+        "1.4 times",
         "`X - 0.5 TABOM - 0.5 No-SFT < 0`", "about 0.2 nats", "about 52 %"])
     assert not re.findall(FIGURE, rest)
 
