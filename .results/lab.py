@@ -246,12 +246,18 @@ def pass_at(model, pick, seed, prompts=40, samples=16):
         for k in (1, 4, 16)}
 
 def why(model, pick, answers):
-    """When the first digit of the factor is written (0: first of all); entropy gap at the start."""
+    """When the first digit of the factor is written (0: first of all), and the entropy gap before
+    any write and after three."""
     chooses = toy.n_choices(pick) > 1
+    pick, answers = pick[chooses], answers[chooses]
     rank = answers.decode_rank.masked_fill(~toy.is_factor(pick), 99).amin(1)
-    _, entropy = next(tabom.replay(model, answers, mask_id=toy.MASK_ID))
-    return {"turn of the factor": rank[chooses].float().mean().item(),
-            "gap at the start": toy.entropy_gap(pick, entropy)[chooses].mean().item()}
+    found = {"turn of the factor": rank.float().mean().item()}
+    states = list(tabom.replay(model, answers, mask_id=toy.MASK_ID))
+    for n_visible in (0, 3):
+        masked, entropy = states[n_visible]
+        gap = toy.entropy_gap(pick, entropy.masked_fill(~masked, torch.inf))
+        found[f"gap after {n_visible}"] = gap[gap.isfinite()].mean().item()
+    return found
 
 def by_table(table):
     """An order for `decode` that writes by a number for each layout (3) and position (12)."""

@@ -21,7 +21,8 @@ import toy_data as toy
 TEN, FIVE, BLOCKS = range(10, 20), range(10, 15), (1, 2, 3, 4, 6)
 COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
            "pass@16 of 160", "right factors", "two a step", "TDS")
-CROSSED = ("base writes in this order", "writes in the base's order", "by confidence")
+WHY = ("own order", "base writes in this order", "writes in the base's order", "by confidence",
+       "turn of the factor", "gap after 0", "gap after 3")
 SHORT = ("own order", "best order", "best order, sampled", "mul")
 FRONT = {"the base": "No-SFT", "the base, in one fixed order for each layout": "contrast prior",
          "given solutions in another format (SFT-GT)": "SFT-GT",
@@ -74,8 +75,8 @@ def by_claim(lines):
 def tables(folder):
     """{title: table}; the first one stands on the front page."""
     found, claims = load(folder), (lab.HERE / "claims.txt").read_text()
-    ten, five = ({seed: found[seed] for seed in some if seed in found} for some in (TEN, FIVE))
-    some = {seed: arms for seed, arms in ten.items() if "by confidence" in arms.get("TABOM", ())}
+    ten, five, four = ({seed: found[seed] for seed in some if seed in found}
+                       for some in (TEN, FIVE, FIVE[:4]))
     def same(names):
         return {name: name for name in names}
 
@@ -93,8 +94,8 @@ def tables(folder):
         "Orders": grid(ten, "", ["percent right"], (
             "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in BLOCKS),
             "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
-        "Crossed": grid(some, "", ("TABOM", "masking", "SFT-SD", "SFT-GT", at("SFT-GT", lab.TUNED)),
-                        ("own order", *CROSSED), lambda arm, figure: (arm, figure))}
+        "Why": grid(four, "", ("No-SFT", "TABOM", "T3D", "SFT-SD", "masking", "SFT-GT",
+                               at("SFT-GT", lab.TUNED)), WHY, lambda arm, figure: (arm, figure))}
 
 # == The rates =====================================================================================
 
