@@ -9,7 +9,7 @@ unofficial) trains on the states that the model itself passed through on its way
 
     1. pretrain as usual: hide random tokens, predict them                         (Eq. 1)
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
-    3. keep the answers that your checker accepts: among them good orders are more common
+    3. keep the answers that your checker accepts: bad orders often end in wrong answers
     4. rebuild a state on the way to such an answer, train on what came next       (Eq. 9, term 1)
     5. and rank: of the hidden tokens, those written sooner should be surer        (Eq. 7-8)
        so that decoding, which writes first what it is surest of, repeats that order
@@ -178,9 +178,9 @@ def by_confidence(logits, tokens, candidates):
 def decode(model, prompt, response_length, *, mask_id, order=by_entropy, tokens_per_step=1,
            temperature=0.0, block_length=None, generator=None, given=None):
     """Answer prompts (B, L) -> `Trajectories` with responses of response_length = N tokens.
-    order            what counts as easy: a function as above.  Of equal ones the leftmost.
+    order            what counts as easy: a function as above.  Ties go to the leftmost.
     tokens_per_step  positions written per forward pass, ranked among themselves by entropy
-    temperature      0 is greedy.  A token is drawn, its position is not; later ones depend on it.
+    temperature      0 is greedy.  Tokens are drawn, positions never; but later ones depend on them.
     block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
     generator        seeds what is sampled; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and mask_id where to decode
@@ -223,16 +223,16 @@ def pick_tokens(logits, temperature, generator):
 # Boltzmann: let the probability of a state be in proportion to exp(-beta E), beta > 0, where E sums
 # the entropies h that its written tokens had just before their writing.  Two states can come next,
 # with r or with s written; the ratio of their probabilities is exp(-beta (h(r) - h(s))).  If r was
-# written first, we want it above 1: h(r) < h(s), at one cut (Lemma 1), and this by gamma nats.
-# Circular, as entropy set the order?  Only for the next token: at the cut it was the surest.  The
-# others became so later, when more was visible.  Now the model must rank them at the cut.
+# written first, the ratio should exceed 1: h(r) < h(s) at the cut (Lemma 1).  Eq. 8 asks for a gap.
+# Is it circular, since entropy made the order?  Only for the next token, which was surest anyway.
+# Others became surest later, when more was visible; now the model must foresee their order.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
     h = entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma) nats.
     A pair (r, s) has r written before s; a row without a pair counts 0.  Returns loss and
     pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
-    A gradient step lowers h(r) and raises h(s) of each pair that is not yet a margin apart."""
+    The gradient pushes h(r) down and h(s) up in each pair that is not yet a margin apart."""
     require(entropy.shape == decode_rank.shape == window.shape and window.dtype == torch.bool
             and len(entropy) > 0, "entropy, decode_rank and a bool window must be (B, N), B > 0.")
     require_amount("margin", margin)
@@ -252,8 +252,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                n_visible=None):
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
-    window_size in tokens (paper: 32 of 256); margin in nats (paper: 0.2); rank_weight (paper: 1);
-    n_visible (B,): where to cut, 0 .. n-1; by default drawn (several tokens per step: pass it)."""
+    window_size in tokens (paper: 32 of 256); margin in nats (0.1 to 0.3); rank_weight (1, 2);
+    n_visible (B,): where to cut, 0 .. n-1; by default drawn.  If steps wrote k, pass multiples."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -426,9 +426,9 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# Arms are the ways of training that are compared.  The toy: in `pick`, 47x58a asks for a factor of
-# your own choice with digits from 5 to 8 (c = 4 of them), 47 times this factor, and the working.
-# In `mul` the factor is given; `add` adds.  Arms train on pick; mul and add show what is forgotten.
+# Arms are the ways of training that are compared.  The toy: in `pick`, 47x58a asks for a factor
+# whose digits are 5 to 8 (c = 4 choices each), for 47 times it, and for the working.  In `mul` the
+# factor is given; `add` adds.  Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
@@ -437,7 +437,7 @@ class Settings:
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions: another one, or "own", the corpus's
+    style: str = "other"              # of given solutions: "other" than the corpus's, or its "own"
     pretrain_updates: int = 4500      # then nearly all is right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
@@ -632,7 +632,7 @@ def film(pick, base, tuned):
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
     return ("Of the prompts that TABOM gets right and the base does not, the one whose factor moved"
-            "\nforward most. The later it is written, the more it must fit what stands there.\n"
+            "\nforward most. Look at f: the later it is written, the more it must fit.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -671,7 +671,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
         "    (style=own: in the base's). Others learn its own right answers: SFT-SD cut in random\n"
         "    order, masking in recorded order; TABOM also ranks; shuffled, at random. Means since\n"
-        "    the last line. rank_loss: Eq. 8. pair_accuracy: pairs in order, as most are at first.")
+        "    the last line. rank_loss: Eq. 8. pair_accuracy: pairs in order; compare masking's.")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. masking minus SFT-SD: recorded cuts and window. TABOM minus masking:\n"
-        "    ranking (paper: margin 0.2). best, sampled: the cost. Own order: +-4 may be noise.\n")
+    say("\nPart 5: masking minus SFT-SD is what recorded cuts and the window add; TABOM minus\n"
+        "    masking, what ranking adds. best, sampled: the cost. 4 points can be noise.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:

@@ -217,6 +217,7 @@ def test_every_figure_of_the_evidence_was_measured(ten):
         "TABOM:margin=0.2")
     def rated(arm, rate, figure="own order"):
         return page.mean_of(five, lab.at(arm, rate), figure)
+    four = {seed: ten[seed] for seed in page.FIVE[:4]}
     rest = without(PAGE, [
         *(more(arm) for arm in ("TABOM", "alike", "swapped", "shuffled", "reversed", "unchecked",
                                 "wrong", lab.at("TABOM", 1e-4), tuned, lab.at("SFT-GT-old", 1e-6))),
@@ -242,13 +243,17 @@ def test_every_figure_of_the_evidence_was_measured(ten):
               ("only", kept, "are right "), ("in the own order,", "sampled", ""))),
         f"gets {rated('SFT-GT-old', 5e-6)} % at 5e-6;",
         f"`mul` falls to {rated('SFT-GT', 1e-4, 'mul')} % at 1e-4.",
-        *(f"{word} apart, {mean('base', f'pairs in order, later, {x} apart')} %" for x, word in (
-            (1, "tokens one write"), (4, "four"), (8, "eight"))),
-        f"at rank {mean('No-SFT', 'turn of the factor')} by the base (0: written first), at "
-        f"{mean('SFT-SD', 'turn of the factor')} after SFT-SD, at "
-        f"{mean('TABOM', 'turn of the factor')} after TABOM.",
-        ", ".join(mean(arm, "gap at the start") for arm in ("No-SFT", "SFT-SD")) + " and "
-        + mean("TABOM", "gap at the start") + " nats",
+        *(f"{word}, {mean('base', f'pairs in order, later, {x} apart')} %" for x, word in (
+            (1, "one write apart"), (4, "four apart"), (8, "eight"))),
+        f"entropies say, {page.mean_of(four, 'TABOM', page.WHY[1])} % are right;",
+        f"where the base's say, {page.mean_of(four, 'TABOM', page.WHY[2])} %",
+        f"order: {page.mean_of(four, 'No-SFT', 'own order')} and "
+        f"{page.mean_of(four, 'TABOM', 'own order')} %)",
+        f"from {page.mean_of(four, 'No-SFT', 'gap after 3')} to "
+        f"{page.mean_of(four, 'TABOM', 'gap after 3')} nats.",
+        f"closing it ({page.mean_of(four, 'T3D', 'gap after 3')} nats)",
+        f"is right in {page.mean_of(four, 'SFT-GT', 'product of mul')} % (with the working: "
+        f"{page.mean_of(four, 'SFT-GT', 'mul')} %, seeds 10 to 13).",
         "by 3.8 points [1.1, 6.4]:", "PyTorch 2.13.0", "95 % interval", "near 100 %", "0.3 nats",
         "1.4 times",
         "`X - 0.5 TABOM - 0.5 No-SFT < 0`", "about 0.2 nats", "about 52 %"])
