@@ -670,8 +670,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
         "    (style=own: in the base's). Others learn its own right answers: SFT-SD cut in random\n"
-        "    order, masking in recorded order; TABOM also ranks; shuffled, at random. Means since\n"
-        "    the last line. rank_loss: Eq. 8. pair_accuracy: pairs in order; compare masking's.")
+        "    order, masking in recorded order; TABOM also ranks (paper: margin=0.2); shuffled, at\n"
+        "    random. All are means since the last line; compare pair_accuracy with masking's.")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
