@@ -10,7 +10,7 @@ unofficial) trains on the states that the model itself passed through on its way
     1. pretrain as usual: hide random tokens, predict them                         (Eq. 1)
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
     3. keep the answers that your checker accepts: bad orders often end in wrong answers
-    4. rebuild a state on the way to such an answer, train on what came next       (Eq. 9, term 1)
+    4. rebuild a state on the way to a kept answer, train on what came next        (Eq. 9, term 1)
     5. and rank: of the hidden tokens, those written sooner should be surer        (Eq. 7-8)
        so that decoding, which writes first what it is surest of, repeats that order
 
@@ -72,8 +72,8 @@ class Trajectories:
         return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
 
     def only(self, keep):
-        """Neither train nor rank positions where keep (B, N) bool is False.  They stay visible: but
-        padding shows where an answer ends.  To hide them from the model, first build
+        """Neither train nor rank positions where keep (B, N) bool is False.  They stay visible, so
+        padding betrays an answer's length.  To hide them from the model, first build
         `Trajectories(prompt, response.masked_fill(~keep, mask_id), decode_rank)`."""
         return from_steps(self.prompt, self.response, self.decode_rank.masked_fill(~keep, -1))
 
@@ -180,7 +180,7 @@ def decode(model, prompt, response_length, *, mask_id, order=by_entropy, tokens_
     """Answer prompts (B, L) -> `Trajectories` with responses of response_length = N tokens.
     order            what counts as easy: a function as above.  Ties go to the leftmost.
     tokens_per_step  positions written per forward pass, ranked among themselves by entropy
-    temperature      0 is greedy.  Tokens are drawn, positions never; but later ones depend on them.
+    temperature      0 is greedy.  Above 0 tokens are sampled, but positions are not.
     block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
     generator        seeds what is sampled; on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and mask_id where to decode
@@ -220,10 +220,10 @@ def pick_tokens(logits, temperature, generator):
     return (below_best / temperature).softmax(-1).multinomial(1, generator=generator).squeeze(1)
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: let the probability of a state be in proportion to exp(-beta E), beta > 0, where E sums
-# the entropies h that its written tokens had just before their writing.  Two states can come next,
-# with r or with s written; the ratio of their probabilities is exp(-beta (h(r) - h(s))).  If r was
-# written first, the ratio should exceed 1: h(r) < h(s) at the cut (Lemma 1).  Eq. 8 asks for a gap.
+# Boltzmann: model the taste for sure tokens as P(state) ~ exp(-beta E), beta > 0, where E adds up
+# the entropy h that each token had just before it was written.  At a cut, take hidden positions r
+# and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
+# this should exceed 1: h(r) < h(s) at the cut (Lemma 1).  Eq. 8 asks for a gap, the margin.
 # Is it circular, since entropy made the order?  Only for the next token, which was surest anyway.
 # Others became surest later, when more was visible; now the model must foresee their order.
 
@@ -253,7 +253,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size in tokens (paper: 32 of 256); margin in nats (0.1 to 0.3); rank_weight (1, 2);
-    n_visible (B,): where to cut, 0 .. n-1; by default drawn.  If steps wrote k, pass multiples."""
+    n_visible (B,): the cut, 0 .. n-1; else drawn.  After k tokens a step, pass multiples of k."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -393,8 +393,8 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None):
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
     """T3D (arXiv 2602.12262): raise log p of the recorded tokens x0 against a reference, a
-    `LaggedCopy`; lower that of y^, its likeliest; learn x0, with weights from 1 for the next token
-    to 1/n_masked for the last (L_path).  With l(y) = mean log p(y) over what a cut hides:
+    `LaggedCopy`; lower that of y^, the reference's likeliest; learn x0, with weights from 1 for the
+    next token to 1/n_masked for the last (L_path).  With l(y) = mean log p(y) of what a cut hides:
     L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path."""
     rank, n = trajectories.decode_rank, trajectories.n_decoded
     masked, _ = cut(rank, draw_below(n, generator))
@@ -442,7 +442,7 @@ class Settings:
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
     keep: str = "right"               # what the checker accepts; "all" keeps every answer
-    test_problems: int = 400          # of mul, of add; of pick 0.4 of it for each c
+    test_problems: int = 400          # each of mul and add; of pick, 0.4 times this for each c
     split: str = "test"               # "validation" when something is chosen by the figures
 
 WORDS = {"style": ("other", "own"), "keep": ("right", "all"), "split": ("test", "validation")}
@@ -649,7 +649,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 2: why order matters. In pick the model multiplies by a factor of its own choice.\n"
         "    Percent right by c, the number of digits to choose from. own: surest first; best:\n"
-        "    factor first. gap: lowest entropy in the factor minus elsewhere, first step, nats.")
+        "    factor first. gap, nats: surest factor digit minus surest other; above 0: bad start.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -670,8 +670,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
         "    (style=own: in the base's). Others learn its own right answers: SFT-SD cut in random\n"
-        "    order, masking in recorded order; TABOM also ranks (paper: margin=0.2); shuffled, at\n"
-        "    random. All are means since the last line; compare pair_accuracy with masking's.")
+        f"    order, masking in recorded; TABOM ranks, margin {settings.margin:g} (paper: 0.2);\n"
+        "    shuffled: the same on random ranks. Compare pair_accuracy with masking's.")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -684,7 +684,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
     say("\nPart 5: masking minus SFT-SD is what recorded cuts and the window add; TABOM minus\n"
-        "    masking, what ranking adds. best, sampled: the cost. 4 points can be noise.\n")
+        "    masking, what ranking adds. best, sampled: what it costs. Noise of a seed: 4.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:

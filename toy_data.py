@@ -211,7 +211,7 @@ FIGURES = {                         # what is measured of a model, and what it t
     "add": "the same of a third domain",
     "pass@16": "percent of these 80 prompts with a right answer among the 16",
     "right factors": "different right factors in these 16: is the choice as wide as before?",
-    "TDS": "how far easy and hard positions are apart in entropy, in nats squared (Eq. 11)",
+    "TDS": "how far easy and hard positions are apart in entropy, in nats^2 (Eq. 11)",
 }
 
 def draw_states(row, rank, entropies):

@@ -131,7 +131,7 @@ def draw_rates(folder):
     for panel, title in ((own, "own order"), (best, "best order; dashed: sampled"), (other, "mul")):
         panel.set(xscale="log", title=title, xlabel="learning rate (dotted line: the paper's)")
         panel.axvline(2e-5, color="grey", linestyle=":")
-    frontier.set(title="up: gain, right: kept (dotted: margins)",
+    frontier.set(title="up: gain, right: kept (dotted: margins at 2e-5)",
                  xlabel="best order, sampled", ylabel="own order", xlim=(60, 100))
     own.axhline(statistics.mean(over_seeds(five, {"No-SFT": 1}, "own order")), label="the base",
                 color="black", linewidth=0.7)

@@ -188,23 +188,23 @@ def test_every_figure_of_the_front_page_was_measured(ten):
     last = (lab.HERE / "demo.txt").read_text().split("best, sampled")[-1].splitlines()[1:9]
     demo = {name: own for name, own, *_ in map(str.split, last)}
     rivals = sorted((mean(arm, "own order"), arm) for arm in ("SFT-SD", "dInfer", "T3D", "masking"))
-    assert [rivals[0][1], rivals[-1][1]] == ["dInfer", "T3D"]
     smaller = "TABOM:margin=0.2"
     rest = without(FRONT, [
         f"tell it the best order, {mean('No-SFT', 'best order')} % of its answers are right;",
         f"in its own order, {mean('No-SFT', 'own order')} %.",
-        f"raise this to between {rivals[0][0]} % (dInfer) and {rivals[-1][0]} % (T3D).",
-        f"TABOM raises it to {mean(smaller, 'own order')} % with the paper's margin,",
-        f"and to {mean('TABOM', 'own order')} % with a larger one",
+        f"raise this to between {rivals[0][0]} and {rivals[-1][0]} %.",
+        f"TABOM: {mean(smaller, 'own order')} % with the paper's setting,",
+        f"{mean('TABOM', 'own order')} % with a larger margin,",
         f"with tokens sampled, {mean('TABOM', kept)} % are right",
         f"(the base: {mean('No-SFT', kept)} %, without ranking: {mean('masking', kept)} %)",
         f"answers, brings it to {mean('contrast prior', 'own order')} % without training",
-        f"equally well, {more('alike')}:", f"only {more(smaller, 'masking')} ahead of masking.",
+        f"equally well, {more('alike')}:", f"{more(smaller, 'masking')} ahead of masking.",
         f"at 3e-6 ({rated('SFT-GT', 3e-6)} %; TABOM at 2e-5: {rated('TABOM', 2e-5)} %)",
         f"only {rated('SFT-GT', 3e-6, kept)} % are right (TABOM: {rated('TABOM', 2e-5, kept)} %).",
         f"`mul` falls to {rated('SFT-GT', 1e-4, 'mul')} % at 1e-4.",
         f"(2e-4: {rated('TABOM', 2e-4)} %, sampled {rated('TABOM', 2e-4, kept)} %;",
-        f"with the paper's margin {rated(smaller, 2e-4)} and {rated(smaller, 2e-4, kept)} %)",
+        f"with the paper's margin {rated(smaller, 2e-4)} and {rated(smaller, 2e-4, kept)} %;",
+        f"SFT-SD {rated('SFT-SD', 2e-4)}, masking {rated('masking', 2e-4)} %)",
         f"the base gets {demo['No-SFT']} % right, SFT-SD {demo['SFT-SD']},",
         f"masking {demo['masking']}, TABOM {demo['TABOM']}.",
         f"only {mean('base', 'pairs in order, later, 1 apart')} % have their entropies",
