@@ -220,8 +220,8 @@ def pick_tokens(logits, temperature, generator):
     return (below_best / temperature).softmax(-1).multinomial(1, generator=generator).squeeze(1)
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: model the taste for sure tokens as P(state) ~ exp(-beta E), beta > 0, where E adds up
-# the entropy h that each token had just before it was written.  At a cut, take hidden positions r
+# Boltzmann: let P(state) be proportional to exp(-beta E), beta > 0, where E is the sum of the
+# entropies h that its tokens had just before they were written.  At a cut, take hidden positions r
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
 # this should exceed 1: h(r) < h(s) at the cut (Lemma 1).  Eq. 8 asks for a gap, the margin.
 # Is it circular, since entropy made the order?  Only for the next token, which was surest anyway.
