@@ -26,12 +26,12 @@ WHY = ("own order", "base writes in this order", "writes in the base's order", "
 SHORT = ("own order", "best order", "best order, sampled", "mul")
 FRONT = {"the base": "No-SFT", "the base, in one fixed order for each layout": "contrast prior",
          "given solutions in another format (SFT-GT)": "SFT-GT",
-         "given solutions, 1/20 of the learning rate": at("SFT-GT", lab.TUNED),
+         "given solutions at 1e-6, tuned to lose little": at("SFT-GT", lab.TUNED),
          "own right answers, cut in random order (SFT-SD)": "SFT-SD",
          "own right answers, cut in recorded order (masking)": "masking",
          "own right answers, loss of T3D": "T3D",
          "own right answers, **TABOM**, the paper's margin": "TABOM:margin=0.2",
-         "own right answers, **TABOM**, larger margin": "TABOM"}
+         "own right answers, **TABOM**, margin of 1 nat": "TABOM"}
 
 def markdown(lines):
     head, *rows = [[str(cell) for cell in line] for line in lines]
