@@ -224,8 +224,8 @@ def pick_tokens(logits, temperature, generator):
 # entropies h that its tokens had just before they were written.  At a cut, take hidden positions r
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
 # this should exceed 1: h(r) < h(s) at the cut (Lemma 1).  Eq. 8 asks for a gap, the margin.
-# Is it circular, since entropy made the order?  Only for the next token, which was surest anyway.
-# Others became surest later, when more was visible; now the model must foresee their order.
+# Is it circular, since entropy made the order?  Pairs with the next token are in order already:
+# they only widen to the margin.  In others the model must foresee what it came to know later.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -252,8 +252,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                n_visible=None):
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
-    window_size in tokens (paper: 32 of 256); margin in nats (0.1 to 0.3); rank_weight (1, 2);
-    n_visible (B,): the cut, 0 .. n-1; else drawn.  After k tokens a step, pass multiples of k."""
+    window_size (paper: 32 of 256 tokens); margin in nats (paper: 0.1 to 0.3); rank_weight (1, 2);
+    n_visible (B,): the cut, below n; else drawn.  If decoding wrote k a step: multiples of k."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -267,7 +267,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                   "pair_accuracy": pair_accuracy}
 
 # == 6. Training as usual (Eq. 1) ==================================================================
-# Pretraining: cut a random order, learn all that is hidden.  Decoding visits few of these states.
+# Pretraining: cut a random order, learn all that is hidden.  A uniform cut makes it a bound.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
     """Eq. 1, the negative evidence lower bound: the mean of -log p over 1 to n hidden positions of
@@ -426,8 +426,8 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# Arms are the ways of training that are compared.  The toy: in `pick`, 47x58a asks for a factor
-# whose digits are 5 to 8 (c = 4 choices each), for 47 times it, and for the working.  In `mul` the
+# Arms are the ways of training that are compared.  The toy: in `pick`, 47x58a (a: layout) asks for
+# a factor of digits from 5 to 8 (c = 4 choices each), 47 times it, and the working.  In `mul` the
 # factor is given; `add` adds.  Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
@@ -437,7 +437,7 @@ class Settings:
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions: "other" than the corpus's, or its "own"
+    style: str = "other"              # of given solutions: units and tens swapped, or "own" (not)
     pretrain_updates: int = 4500      # then nearly all is right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
@@ -649,7 +649,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 2: why order matters. In pick the model multiplies by a factor of its own choice.\n"
         "    Percent right by c, the number of digits to choose from. own: surest first; best:\n"
-        "    factor first. gap, nats: surest factor digit minus surest other; above 0: bad start.")
+        "    factor first. gap: lowest entropy in factor minus lowest elsewhere; above 0: bad.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -671,7 +671,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
         "    (style=own: in the base's). Others learn its own right answers: SFT-SD cut in random\n"
         f"    order, masking in recorded; TABOM ranks, margin {settings.margin:g} (paper: 0.2);\n"
-        "    shuffled: the same on random ranks. Compare pair_accuracy with masking's.")
+        "    shuffled: random cuts and ranks. Compare TABOM's rank_loss with masking's.")
     judged = {}
     for name in arms:
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -684,7 +684,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
     say("\nPart 5: masking minus SFT-SD is what recorded cuts and the window add; TABOM minus\n"
-        "    masking, what ranking adds. best, sampled: what it costs. Noise of a seed: 4.\n")
+        "    masking, what ranking adds; up to 4 points is noise. best, sampled: the cost.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
     say("\n" + compare([run["arms"]]))
     if "TABOM" in judged:

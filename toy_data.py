@@ -203,7 +203,7 @@ def table(lines):
                      for name, *cells in lines)
 
 FIGURES = {                         # what is measured of a model, and what it tells
-    "own order": "percent of pick right if the model chooses what to write next; greedy tokens",
+    "own order": "percent of pick (c = 2 to 5) right if the model chooses what to write next",
     "sampled": "the same of 16 answers to each of 80 prompts, tokens sampled (temperature 1)",
     "best order": "percent of pick right if it is told the order: has it kept its skill?",
     "best order, sampled": "the same with sampled tokens",
