@@ -199,7 +199,7 @@ def test_every_figure_of_the_front_page_was_measured(ten):
         f"(the base: {mean('No-SFT', kept)} %, without ranking: {mean('masking', kept)} %)",
         f"answers, brings it to {mean('contrast prior', 'own order')} % without training",
         f"is {more('contrast prior', 'TABOM')[1:3]} points ahead.",
-        f"equally well, {more('alike')}:", f"{more(smaller, 'masking')} ahead of masking.",
+        f"equally well, {more('alike')}:", f"{more(smaller, 'masking')} over masking.",
         f"at 3e-6 ({rated('SFT-GT', 3e-6)} %; TABOM at 2e-5: {rated('TABOM', 2e-5)} %)",
         f"only {rated('SFT-GT', 3e-6, kept)} % are right (TABOM: {rated('TABOM', 2e-5, kept)} %).",
         f"`mul` falls to {rated('SFT-GT', 1e-4, 'mul')} % at 1e-4.",
