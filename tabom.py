@@ -3,7 +3,7 @@
 
 Such a model fills in a response of which some tokens are hidden, [MASK].  To answer, it starts with
 all of them hidden and writes one after the other, easy ones first.  But it is trained on responses
-with *random* tokens hidden: half-written responses (*states*) that decoding will rarely meet.
+with *random* tokens hidden; decoding rarely meets such half-written responses (*states*).
 TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv 2605.11854; this file is
 unofficial) trains on the states that the model itself passed through on its way to right answers:
 
@@ -11,7 +11,7 @@ unofficial) trains on the states that the model itself passed through on its way
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
     3. keep the answers that your checker accepts: bad orders often end in wrong answers
     4. rebuild a state on the way to a kept answer, train on what came next        (Eq. 9, term 1)
-    5. and rank: of the hidden tokens, those written sooner should be surer        (Eq. 7-8)
+    5. and rank: of these next tokens, those written sooner should be surer        (Eq. 7-8)
        so that decoding, which writes first what it is surest of, repeats that order
 
 A *trajectory* is an answer with the rank of each position: when it was written.  To *cut* it is to
