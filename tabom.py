@@ -673,11 +673,11 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         f"    order, masking in recorded; TABOM ranks, margin {settings.margin:g} (paper: 0.2);\n"
         "    shuffled: random cuts and ranks. Compare TABOM's rank_loss with masking's.")
     judged = {}
-    for name in arms:
+    for name, (_, own) in arms.items():
         model = fine_tune(name, base, kept, queries, settings, seed)
         figures, answers, right = evaluate(model, tests, seed)
         judged[name] = model, answers, right
-        run["arms"][name] = {"settings": vars(read_arm(name, settings)[1]), **figures}
+        run["arms"][name] = {"settings": vars(own), **figures}
         store(folder, f"seed-{seed}.json", run)
         say(f"    {name}: {figures['own order']:.1f} percent of pick right in its own order")
         if name == "TABOM":
