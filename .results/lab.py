@@ -190,7 +190,7 @@ def learn(name, seed, data, loss_fn, own):
     return model
 
 # == What is measured ==============================================================================
-NATS, HIDDEN = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0), (1, 3, 5, 7, 9, 11)
+BLOCKS = (1, 2, 3, 4, 6)                         # lengths, of 12 tokens
 
 def measure(name, seed):
     """All figures of an arm: those of the demo and, for the arms of the core, some more."""
@@ -282,14 +282,14 @@ def measure_base(seed):
     pick, model, (answers, right) = seed.tests["pick"], seed.base, seed.rollouts
     prior, draws = mean_rank(seed.kept), tabom.random_stream(seed.seed, "evaluate")
     orders = {"own": {}, "confidence": {"order": tabom.by_confidence},
-              **{f"blocks of {size}": {"block_length": size} for size in (1, 2, 3, 4, 6)},
+              **{f"blocks of {size}": {"block_length": size} for size in BLOCKS},
               "right to left": {"order": lambda _, tokens, candidates: -candidates.nonzero()[:, 1]},
               "random": {"order": lambda logits, *_: torch.rand(len(logits), generator=draws)},
               "prior": {"order": by_table(prior)},
               "contrast prior": {"order": by_table(prior - mean_rank(answers[~right]))},
               "best": {"order": toy.best_order},
               **{f"head start {nats:.1f}": {"order": head_start(nats)}
-                 for nats in NATS}}
+                 for nats in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)}}
     kinds = {"own answers": seed.kept[:2000], "old style": old_solutions(seed)[:2000],
              **{f"{style} style": tabom.solved(toy.given_solutions(
                  seed.queries[:2000], style, seed.draws())) for style in ("own", "other")}}
@@ -297,7 +297,7 @@ def measure_base(seed):
             **{f"own order {name}": toy.by_choices(pick, tabom.answer(model, pick, **order)[1])[
                 "2-5"] for name, order in orders.items()},
             **{f"nll {hidden} {kind}": nll(model, data, hidden, seed.draws())
-               for kind, data in kinds.items() for hidden in HIDDEN},
+               for kind, data in kinds.items() for hidden in (1, 3, 5, 7, 9, 11)},
             **pairs_in_order(model, seed.kept[:2000])}
 
 @torch.no_grad()
@@ -413,6 +413,7 @@ def judge(found, text):
                 means.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
                 verdicts.append(verdict(low, high, sign, threshold))
         sums = " ".join(f"{weight:+g} {arm}" for arm, weight in weights.items())
+        sums = sums.replace("+1 ", "").replace(" -1 ", " - ")
         lines.append([claim, f"{' or '.join(figures)}: {sums} {'>' if sign > 0 else '<'} "
                       f"{threshold:g}", n, "; ".join(means), expected,
                       max(verdicts, key=VERDICTS.index)])

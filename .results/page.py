@@ -18,7 +18,7 @@ import tabom
 import toy_data as toy
 
 # == Tables ========================================================================================
-TEN, FIVE, BLOCKS = range(10, 20), range(10, 15), (1, 2, 3, 4, 6)
+TEN, FIVE = range(10, 20), range(10, 15)
 COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
            "pass@16 of 160", "right factors", "two a step", "TDS")
 WHY = ("own order", "base writes in this order", "writes in the base's order", "by confidence",
@@ -39,7 +39,7 @@ def markdown(lines):
 
 def mean_of(found, arm, figure):
     values = over_seeds(found, {arm: 1}, figure)
-    digits = 3 if figure == "TDS" else 2 if figure.startswith(("nll", "gap")) else 1
+    digits = 3 if figure == "TDS" else 2 if figure.startswith("gap") else 1
     return f"{statistics.mean(values):.{digits}f}" if values else ""
 
 def change(found, arm, other="No-SFT", figure="own order"):
@@ -68,7 +68,6 @@ def by_claim(lines):
         expected, got = (min(column, key=VERDICTS.index) for column in [*zip(*parts)][-2:])
         told = "<br>".join(f"{what}: {means}" + f" ({word})" * (word != "shown")
                            for what, _, means, _, word in parts)
-        told = told.replace("+1 ", "").replace(" -1 ", " - ")
         rows.append([claim, told, min(part[1] for part in parts), expected, f"**{got}**"])
     return markdown(rows)
 
@@ -92,16 +91,16 @@ def tables(folder):
                     for rate in RATES)] for arm in (*CURVES, "SFT-GT-old"))]),
         "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]), same(COLUMNS[:6])),
         "Orders": grid(ten, "", ["percent right"], (
-            "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in BLOCKS),
+            "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in lab.BLOCKS),
             "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
         "Why": grid(four, "", ("No-SFT", "TABOM", "T3D", "SFT-SD", "masking", "SFT-GT",
                                at("SFT-GT", lab.TUNED)), WHY, lambda arm, figure: (arm, figure))}
 
 # == The rates =====================================================================================
 
-def curve(found, arm, figure, rates=RATES):
+def curve(found, arm, figure):
     """[(rate, mean, low, high)] of an arm at each rate at which it has run on two seeds or more."""
-    runs = [(rate, over_seeds(found, {at(arm, rate): 1}, figure)) for rate in rates]
+    runs = [(rate, over_seeds(found, {at(arm, rate): 1}, figure)) for rate in RATES]
     return [(rate, *interval(values)) for rate, values in runs if len(values) > 1]
 
 def draw_rates(folder):

@@ -180,11 +180,12 @@ def without(text, said):
         assert words in text, words
     return re.sub("|".join(map(re.escape, sorted(said, key=len, reverse=True))), "", text)
 
+def at_rate(ten, arm, rate, figure="own order"):
+    return page.mean_of({seed: ten[seed] for seed in page.FIVE}, lab.at(arm, rate), figure)
+
 def test_every_figure_of_the_front_page_was_measured(ten):
     mean, more, kept = partial(page.mean_of, ten), partial(page.change, ten), "best order, sampled"
-    five = {seed: ten[seed] for seed in page.FIVE}
-    def rated(arm, rate, figure="own order"):
-        return page.mean_of(five, lab.at(arm, rate), figure)
+    rated = partial(at_rate, ten)
     last = (lab.HERE / "demo.txt").read_text().split("best, sampled")[-1].splitlines()[1:9]
     demo = {name: own for name, own, *_ in map(str.split, last)}
     rivals = sorted((mean(arm, "own order"), arm) for arm in ("SFT-SD", "dInfer", "T3D", "masking"))
@@ -218,8 +219,7 @@ def test_every_figure_of_the_evidence_was_measured(ten):
     mean, more, kept = partial(page.mean_of, ten), partial(page.change, ten), "best order, sampled"
     five, tuned, smaller = {seed: ten[seed] for seed in page.FIVE}, lab.at("SFT-GT", lab.TUNED), (
         "TABOM:margin=0.2")
-    def rated(arm, rate, figure="own order"):
-        return page.mean_of(five, lab.at(arm, rate), figure)
+    rated = partial(at_rate, ten)
     four = {seed: ten[seed] for seed in page.FIVE[:4]}
     rest = without(PAGE, [
         *(more(arm) for arm in ("TABOM", "alike", "swapped", "shuffled", "reversed", "unchecked",
