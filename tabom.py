@@ -348,6 +348,7 @@ from functools import partial
 from pathlib import Path
 
 from torch import nn
+from tqdm import tqdm
 
 try:
     import toy_data as toy       # the problems, the checker, and how results are shown
@@ -518,21 +519,21 @@ def train(model, data, batches, loss_fn, optimizers, decay, seed, label):
     def rate(update):
         return min((update + 1) / 50, decay(max(0, update - 50) / max(1, len(batches) - 50)))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    masks, since = random_stream(seed, "masks", data.response.device), []
+    masks, seen = random_stream(seed, "masks", data.response.device), []
     model.train()
-    for update, rows in enumerate(batches.to(data.response.device), start=1):
+    for rows in tqdm(batches.to(data.response.device), label, leave=False, disable=None):
         loss, metrics = loss_fn(model, data[rows], mask_id=toy.MASK_ID, generator=masks)
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in (*optimizers, *schedules):
             stepper.step()
-        since.append(metrics)
-        if update % math.ceil(len(batches) / 4) == 0 or update == len(batches):
-            say(f"    {label}, update {update}: " + ", ".join(
-                f"{name} {sum(x[name] for x in since) / len(since):.3f}" for name in metrics))
-            since.clear()
+        seen.append(metrics)
     model.eval()
+    quarter = math.ceil(len(seen) / 4)
+    first, last = ({name: sum(x[name] for x in part) / quarter for name in metrics}
+                   for part in (seen[:quarter], seen[-quarter:]))
+    say(f"    {label}: " + ", ".join(f"{x} {first[x]:.3f} -> {last[x]:.3f}" for x in metrics))
 
 def pretrain(corpus, odds, updates, seed):
     """A Denoiser, trained by Eq. 1.  Muon for the matrices of the blocks, AdamW for all else."""
@@ -614,7 +615,7 @@ def evaluate(model, tests, seed):
 
 def compare(runs):
     """[{arm: figures} of each seed] -> the table of means."""
-    lines = [["", *(name.replace(" order, ", ", ") for name in toy.FIGURES)]]
+    lines = [["", *toy.FIGURES]]
     for arm in runs[0]:
         means = {name: sum(run[arm][name] for run in runs) / len(runs) for name in toy.FIGURES}
         lines.append([arm, *(f"{means[x]:.{3 if x == 'TDS' else 1}f}" for x in means)])
@@ -631,8 +632,8 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Of the prompts that TABOM gets right and the base does not, the one whose factor moved"
-            "\nforward most. Look at f: the later it is written, the more it must fit.\n"
+    return ("Of the prompts that only TABOM gets right, the one whose factor moved earlier the most."
+            "\nLook at f: the later it is written, the more it must fit.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -643,13 +644,13 @@ def run_seed(seed, arms, settings, device, made_by, folder):
              "mul": parts["mul"][:count].to(device), "add": parts["add"][:count].to(device)}
     run = {"seed": seed, "settings": vars(settings), "made by": made_by, "arms": {}}
 
-    say(f"\nPart 1, seed {seed}: pretrain as usual. nll: cross-entropy of hidden tokens in nats.")
+    say(f"\nPart 1, seed {seed}: pretrain. nll: cross-entropy, first quarter of updates -> last.")
     base = pretrain(corpus.to(device), odds, settings.pretrain_updates, seed)
     store(folder, f"seed-{seed}-base.pt", base.state_dict())
 
-    say("\nPart 2: why order matters. In pick the model multiplies by a factor of its own choice.\n"
-        "    Percent right by c, the number of digits to choose from. own: surest first; best:\n"
-        "    factor first. gap: lowest entropy in factor minus lowest elsewhere; above 0: bad.")
+    say("\nPart 2: why order matters. In pick, 41x45b asks for a factor with digits from 4 to 5,\n"
+        "    and for 41 times it. Percent right by c, the number of digits to choose from. own:\n"
+        "    surest token first; best: factor first. gap: nats by which others look surer than it.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -659,7 +660,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(toy.table([["order", *gap], *([name, *right.values()] for name, right in by_c.items()),
                    ["gap", *(f"{nats:.2f}" for nats in gap.values())]]))
 
-    say("\nPart 3: record, check, keep. The base answers queries, its tokens sampled.")
+    say("\nPart 3: record, check, keep. The base answers queries of pick, its tokens sampled.")
     queries = problems["query"]["pick"].to(device)
     queries = queries[torch.arange(settings.queries, device=device) % len(queries)]
     rollouts, right = answer(base, queries, temperature=settings.temperature,
@@ -668,10 +669,10 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nPart 4: fine-tune copies of the base. SFT-GT learns given solutions in another format\n"
-        "    (style=own: in the base's). Others learn its own right answers: SFT-SD cut in random\n"
-        f"    order, masking in recorded; TABOM ranks, margin {settings.margin:g} (paper: 0.2);\n"
-        "    shuffled: random cuts and ranks. Compare TABOM's rank_loss with masking's.")
+    say("\nPart 4: fine-tune copies of the base. SFT hides random tokens: of given solutions in\n"
+        "    another format (SFT-GT; style=own: the base's) or of own right answers (SFT-SD). All\n"
+        "    below learn these. masking hides what came after some moment; TABOM also ranks it:\n"
+        "    earlier is surer, by a margin; rank_loss is what lacks. shuffled: random orders.")
     judged = {}
     for name, (_, own) in arms.items():
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -679,14 +680,13 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         judged[name] = model, answers, right
         run["arms"][name] = {"settings": vars(own), **figures}
         store(folder, f"seed-{seed}.json", run)
-        say(f"    {name}: {figures['own order']:.1f} percent of pick right in its own order")
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: masking minus SFT-SD is what recorded cuts and the window add; TABOM minus\n"
-        "    masking, what ranking adds; up to 4 points is noise. best, sampled: the cost.\n")
-    say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items()))
-    say("\n" + compare([run["arms"]]))
+    say("\nPart 5: compare. masking less SFT-SD: effect of recorded orders; TABOM less masking:\n"
+        "    effect of ranking. Another seed may move percentages by 5 points.\n")
+    say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
+        + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:
         say("\n" + film(pick, judged["No-SFT"], judged["TABOM"]))
     return run["arms"]

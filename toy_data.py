@@ -204,14 +204,14 @@ def table(lines):
 
 FIGURES = {                         # what is measured of a model, and what it tells
     "own order": "percent of pick (c = 2 to 5) right if the model chooses what to write next",
-    "sampled": "the same of 16 answers to each of 80 prompts, tokens sampled (temperature 1)",
+    "sampled": "the same with sampled tokens, 16 answers to each of 80 prompts",
     "best order": "percent of pick right if it is told the order: has it kept its skill?",
-    "best order, sampled": "the same with sampled tokens",
-    "mul": "percent right of another domain: has it forgotten?",
-    "add": "the same of a third domain",
-    "pass@16": "percent of these 80 prompts with a right answer among the 16",
-    "right factors": "different right factors in these 16: is the choice as wide as before?",
-    "TDS": "how far easy and hard positions are apart in entropy, in nats^2 (Eq. 11)",
+    "best order, sampled": "the same with sampled tokens: the price of ranking",
+    "mul": "percent right where the factor is given: has it forgotten?",
+    "add": "percent of sums right: the same",
+    "pass@16": "percent of those 80 prompts with a right answer among the 16",
+    "right factors": "different right factors among the 16: is the choice as wide as before?",
+    "TDS": "how far easy and hard positions are apart in entropy, nats^2 (Eq. 11)",
 }
 
 def draw_states(row, rank, entropies):
@@ -233,8 +233,8 @@ def side_by_side(prompt, base, tuned):
     """Two pictures of answers to one prompt of pick, lines each -> text."""
     first, (sign, low, high) = to_text(prompt[:2]), to_text(prompt[2:5])
     labels = ["", *(f"step {step}" for step in range(RESPONSE_LENGTH + 1)), ""]
-    lines = [f"{first} {sign} (digits {low} to {high}). p: product, f: factor, u and t: "
-             "rows of units and tens.\n[ ] was just written. Hidden positions by entropy, in half "
-             "nats: . : + # @\n", 12 * " " + "base".center(36) + "   |" + "TABOM".center(40)]
+    lines = [f"{first} {sign} (digits {low} to {high}). p: product, f: factor, u and t: rows of "
+             "units and tens.\n[ ] was just written. Others: entropy, by half nats . : + # @\n",
+             12 * " " + "base".center(36) + "   |" + "TABOM".center(40)]
     lines += [f"    {name:8}{left}   |  {right}" for name, left, right in zip(labels, base, tuned)]
     return "\n".join(lines)

@@ -7,7 +7,7 @@
     python .results/lab.py --arms tune --seeds 100 101 102 103 --set split=validation \\
                            --folder .results/tuning             12 minutes a seed
     python .results/page.py                                     tables, verdicts on claims.txt
-    python .results/page.py draw                                rates.svg, film.svg, film.txt
+    python .results/page.py draw                                all pictures, film.txt
 
 What is finished stands in figures/, one file for each seed and arm, and is not made again: a run
 that was stopped goes on.  Processes can share the work, with other seeds or other arms; give each

@@ -2,10 +2,10 @@
 """The tables and pictures of both pages, from what lab.py has measured.
 
     python .results/page.py            prints every table
-    python .results/page.py draw       draws rates.svg (needs matplotlib) and the film, in a minute
+    python .results/page.py draw       draws all pictures (needs matplotlib), in a minute
 
-Drawn again, pictures are the same, byte for byte.  The film, film.svg and as text film.txt, shows
-how base and TABOM of seed 10 wrote one answer.
+Drawn again, rates.svg, frontier.svg and film.svg are the same, byte for byte.  The film, as text
+film.txt, shows how base and TABOM of seed 10 wrote one answer.
 """
 import statistics
 import sys
@@ -19,19 +19,18 @@ import toy_data as toy
 
 # == Tables ========================================================================================
 TEN, FIVE = range(10, 20), range(10, 15)
-COLUMNS = ("own order", "sampled", "best order", "best order, sampled", "mul", "add",
+COLUMNS = ("sampled", "best order", "best order, sampled", "mul", "add",
            "pass@16 of 160", "right factors", "two a step", "TDS")
 WHY = ("own order", "base writes in this order", "writes in the base's order", "by confidence",
        "turn of the factor", "gap after 0", "gap after 3")
 SHORT = ("own order", "best order", "best order, sampled", "mul")
-FRONT = {"the base": "No-SFT", "the base, in one fixed order for each layout": "contrast prior",
-         "given solutions in another format (SFT-GT)": "SFT-GT",
-         "given solutions at 1e-6, tuned to lose little": at("SFT-GT", lab.TUNED),
-         "own right answers, cut in random order (SFT-SD)": "SFT-SD",
-         "own right answers, cut in recorded order (masking)": "masking",
-         "own right answers, loss of T3D": "T3D",
-         "own right answers, **TABOM**, the paper's margin": "TABOM:margin=0.2",
-         "own right answers, **TABOM**, margin of 1 nat": "TABOM"}
+FRONT = {"the base": "No-SFT",
+         "SFT-GT, solutions in another format": "SFT-GT",
+         "SFT-GT, learning rate 1e-6 (others: 2e-5)": at("SFT-GT", lab.TUNED),
+         "SFT-SD": "SFT-SD", "T3D": "T3D", "masking": "masking",
+         "**TABOM**: masking and ranking, the paper's margin": "TABOM:margin=0.2",
+         "**TABOM**, margin 1 nat": "TABOM",
+         "the base, in an order estimated from its answers": "contrast prior"}
 
 def markdown(lines):
     head, *rows = [[str(cell) for cell in line] for line in lines]
@@ -53,9 +52,10 @@ def grid(found, corner, rows, columns, figure_at):
                                                    for column in columns)] for row in rows)])
 
 def table_of_arms(found, arms, columns, *first):
-    """Means of arms {label: arm} in columns {label: figure}, and own order less the base's."""
-    return markdown([["", "gain in own order", *columns, *first], *(
-        [label, change(found, arm), *(mean_of(found, arm, figure) for figure in columns.values()),
+    """Means of arms {label: arm} in own order, less the base's, and in columns {label: figure}."""
+    return markdown([["", "own order", "gain [95 %]", *columns, *first], *(
+        [label, mean_of(found, arm, "own order"), change(found, arm),
+         *(mean_of(found, arm, figure) for figure in columns.values()),
          *(len(over_seeds(found, {arm: 1}, "own order")) for _ in first)]
         for label, arm in arms.items())])
 
@@ -81,15 +81,13 @@ def tables(folder):
 
     return {
         "Front page": table_of_arms(ten, FRONT, {
-            "own order": "own order", "best order": "best order",
-            "best order, sampled": "best order, sampled", "`mul`": "mul",
-            "a right one in 16": "pass@16 of 160"}),
+            "best order": "best order", "sampled": "best order, sampled", "`mul`": "mul"}),
         "Arms": table_of_arms(ten, same(GROUPS["core"] + GROUPS["sweeps"]), same(COLUMNS), "seeds"),
         "Claims": by_claim(lab.judge(ten, claims)),
         "Rates": markdown([["", *(f"{rate:g}" for rate in RATES)], *(
             [arm, *(" / ".join(mean_of(five, at(arm, rate), figure) for figure in SHORT).strip(" /")
                     for rate in RATES)] for arm in (*CURVES, "SFT-GT-old"))]),
-        "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]), same(COLUMNS[:6])),
+        "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]), same(COLUMNS[:5])),
         "Orders": grid(ten, "", ["percent right"], (
             "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in lab.BLOCKS),
             "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
@@ -103,41 +101,60 @@ def curve(found, arm, figure):
     runs = [(rate, over_seeds(found, {at(arm, rate): 1}, figure)) for rate in RATES]
     return [(rate, *interval(values)) for rate, values in runs if len(values) > 1]
 
-def draw_rates(folder):
+LABELS = dict(zip(CURVES, (
+    "SFT-GT: given solutions, another format", "SFT-GT: given solutions, the base's format",
+    "SFT-SD: own answers, random tokens hidden", "masking: own answers, later tokens hidden",
+    "TABOM: masking and ranking, margin 1 nat", "TABOM, the paper's margin of 0.2 nats")))
+COLORS = dict(zip(CURVES, ("C3", "C1", "C2", "C9", "C0", "C4")))
+
+def new_picture(columns):
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "tabom"                        # the same bytes each time
     from matplotlib import pyplot
+    return pyplot.subplots(1, columns, figsize=(5 * columns, 5), layout="constrained")
+
+def draw_rates(folder):
+    found = load(folder)
+    found = {seed: found[seed] for seed in FIVE}
+    figure, panels = new_picture(3)
+    for panel, title, name in zip(panels, (
+            "in its own order", "told the best order (dashed: tokens sampled)",
+            "mul: what is forgotten"), ("own order", "best order", "mul")):
+        for number, arm in enumerate(CURVES):
+            rates, means, lows, highs = zip(*curve(found, arm, name))
+            rates = [rate * (1 + 0.04 * (number - 2.5)) for rate in rates]   # bars side by side
+            style = {"color": COLORS[arm], "linewidth": 2 if arm == "TABOM" else 1.2}
+            panel.plot(rates, means, marker="o", markersize=3, label=LABELS[arm], **style)
+            panel.vlines(rates, lows, highs, color=COLORS[arm], linewidth=0.6, alpha=0.6)
+            if name == "best order":
+                sampled = [mean for _, mean, *_ in curve(found, arm, "best order, sampled")]
+                panel.plot(rates, sampled, linestyle="--", alpha=0.7, **style)
+        panel.axhline(statistics.mean(over_seeds(found, {"No-SFT": 1}, name)), color="black",
+                      linewidth=0.7, label="the base")
+        panel.axvline(2e-5, color="grey", linestyle=":", label="the paper's learning rate")
+        panel.set(xscale="log", title=title, xlabel="learning rate")
+    panels[0].set_ylabel("percent right: mean, 95 % interval")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(folder / "rates.svg", metadata={"Date": None})
+
+def draw_frontier(folder):
+    """Own order against best order, sampled: one curve for each arm, from rate to rate."""
     found = load(folder)
     five, three = ({seed: found[seed] for seed in some} for some in (FIVE, FIVE[:3]))
-    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
-    own, best, other, frontier = panels.flat
-    for number, arm in enumerate(CURVES):
-        apart = 1 + 0.04 * (number - 2.5)        # so that bars do not hide each other
-        kept, gained = ([mean for _, mean, *_ in curve(five, arm, name)]
-                        for name in ("best order, sampled", "own order"))
-        color = frontier.plot(kept, gained, marker="o", markersize=3)[0].get_color()
-        for panel, name in ((own, "own order"), (best, "best order"), (other, "mul")):
-            rates, means, lows, highs = zip(*curve(five, arm, name))
-            rates = [apart * rate for rate in rates]
-            panel.plot(rates, means, marker="o", markersize=3, color=color, label=arm.replace(
-                ":style=own", ", own format").replace(":margin=", ", margin "))
-            panel.vlines(rates, lows, highs, color=color, linewidth=0.7)
-        best.plot(rates, kept, linewidth=0.7, linestyle="--", color=color)
+    figure, panel = new_picture(1)
+    for arm in CURVES:
+        gained, kept = ([mean for _, mean, *_ in curve(five, arm, name)]
+                        for name in ("own order", "best order, sampled"))
+        panel.plot(kept, gained, marker="o", markersize=3, color=COLORS[arm], label=LABELS[arm])
     margins = [f"TABOM:margin={margin}" for margin in (0.1, 0.2, 0.3, 0.5, 0.7)] + ["TABOM"]
-    frontier.plot(*([statistics.mean(over_seeds(three, {arm: 1}, name)) for arm in margins]
-                    for name in ("best order, sampled", "own order")), "k:", marker=".")
-    for panel, title in ((own, "own order"), (best, "best order; dashed: sampled"), (other, "mul")):
-        panel.set(xscale="log", title=title, xlabel="learning rate (dotted line: the paper's)")
-        panel.axvline(2e-5, color="grey", linestyle=":")
-    frontier.set(title="up: gain, right: kept (dotted: margins at 2e-5)",
-                 xlabel="best order, sampled", ylabel="own order", xlim=(60, 100))
-    own.axhline(statistics.mean(over_seeds(five, {"No-SFT": 1}, "own order")), label="the base",
-                color="black", linewidth=0.7)
-    own.set_ylabel("percent right: mean and 95 % interval")
-    frontier.legend(*own.get_legend_handles_labels(), fontsize=8, loc="lower center")
-    figure.savefig(folder / "rates.svg", metadata={"Date": None})
-    pyplot.close(figure)
+    panel.plot(*([statistics.mean(over_seeds(three, {arm: 1}, name)) for arm in margins]
+                 for name in ("best order, sampled", "own order")), "k:", marker=".",
+               label="TABOM at 2e-5, margins of 0.1 to 1 nat")
+    panel.set(xlabel="told the best order, tokens sampled", ylabel="in its own order",
+              xlim=(60, 100))
+    panel.legend(fontsize=7, loc="lower left")
+    figure.savefig(folder / "frontier.svg", metadata={"Date": None})
 
 # == The film ======================================================================================
 CELL, TOP, SECONDS, REST = 34, 92, 1.3, 5.0      # pixels, pixels, for each state, after the last
@@ -194,7 +211,7 @@ def panel(left, title, problem, response, rank, entropies):
             else:
                 nats = entropies[n_visible][i].item()
                 shown.append(square("shade", x, 0, min(nats / 2.5, 1) * 0.75))
-                shown.append(text(middle, TOP + 21, f"{nats:.1f}", "small"))
+                shown.append(text(middle, TOP + 21, f"{nats:.2f}", "small"))
             if rank[i] == n_visible - 1:
                 shown.append(square("new", x, 2))
         if lost and n_visible >= lost:
@@ -247,6 +264,7 @@ def draw_film(folder, number):
 if __name__ == "__main__":
     if sys.argv[1:] == ["draw"]:
         draw_rates(lab.HERE)
+        draw_frontier(lab.HERE)
         draw_film(lab.HERE, 10)
     else:
         for title, table in tables(lab.HERE).items():
