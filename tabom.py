@@ -632,8 +632,8 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Of the prompts that only TABOM gets right, the one whose factor moved earlier the most."
-            "\nLook at f: the later it is written, the more it must fit.\n"
+    return ("Of the prompts that only TABOM gets right, the one whose factor moved earlier the\n"
+            "most. Look at f: the later it is written, the more it must fit.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
