@@ -2,7 +2,7 @@
 """TABOM in one file: train a masked diffusion language model on the order in which it decodes.
 
 Such a model fills in a response of which some tokens are hidden, [MASK].  To answer, it starts with
-all of them hidden and writes one after the other, easy ones first.  But it is trained on responses
+all of them hidden and writes one after the other, the surest first.  But it is trained on responses
 with *random* tokens hidden; decoding rarely meets such half-written responses (*states*).
 TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv 2605.11854; this file is
 unofficial) trains on the states that the model itself passed through on its way to right answers:
@@ -73,7 +73,7 @@ class Trajectories:
 
     def only(self, keep):
         """Neither train nor rank positions where keep (B, N) bool is False.  They stay visible, so
-        padding betrays an answer's length.  To hide them from the model, first build
+        padding tells the model an answer's length.  To hide them from the model, first build
         `Trajectories(prompt, response.masked_fill(~keep, mask_id), decode_rank)`."""
         return from_steps(self.prompt, self.response, self.decode_rank.masked_fill(~keep, -1))
 
@@ -223,7 +223,7 @@ def pick_tokens(logits, temperature, generator):
 # Boltzmann: let P(state) be proportional to exp(-beta E), beta > 0, where E is the sum of the
 # entropies h that its tokens had just before they were written.  At a cut, take hidden positions r
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
-# this should exceed 1: h(r) < h(s) at the cut (Lemma 1).  Eq. 8 asks for a gap, the margin.
+# it should be the likelier one: h(r) < h(s), for any beta (Lemma 1).  Eq. 8 asks for a margin.
 # Is it circular, since entropy made the order?  Pairs with the next token are in order already:
 # they only widen to the margin.  In others the model must foresee what it came to know later.
 
@@ -252,7 +252,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                n_visible=None):
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
-    window_size (paper: 32 of 256 tokens); margin in nats (paper: 0.1 to 0.3); rank_weight (1, 2);
+    window_size (paper: 32 of 256 tokens); margin in nats (paper: 0.1 to 0.3); rank_weight (1 or 2);
     n_visible (B,): the cut, below n; else drawn.  If decoding wrote k a step: multiples of k."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
@@ -427,9 +427,9 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# Arms are the ways of training that are compared.  The toy: in `pick`, 47x58a (a: layout) asks for
-# a factor of digits from 5 to 8 (c = 4 choices each), 47 times it, and the working.  In `mul` the
-# factor is given; `add` adds.  Arms train on pick; mul and add show what is forgotten.
+# An arm is a way of training.  The toy: 47x58a (a: layout), of pick, asks for a factor with digits
+# from 5 to 8 (c = 4); the model writes 3995 85 235 376: product, factor, working.  In mul the
+# factor is given; add adds.  Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
@@ -650,7 +650,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 2: why order matters. In pick, 41x45b asks for a factor with digits from 4 to 5,\n"
         "    and for 41 times it. Percent right by c, the number of digits to choose from. own:\n"
-        "    surest token first; best: factor first. gap: nats by which others look surer than it.")
+        "    surest token first; best: factor first. gap: nats by which other tokens look surer.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -669,10 +669,10 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nPart 4: fine-tune copies of the base. SFT hides random tokens: of given solutions in\n"
-        "    another format (SFT-GT; style=own: the base's) or of own right answers (SFT-SD). All\n"
-        "    below learn these. masking hides what came after some moment; TABOM also ranks it:\n"
-        "    earlier is surer, by a margin; rank_loss is what lacks. shuffled: random orders.")
+    say("\nPart 4: fine-tune copies of the base. SFT hides random tokens: SFT-GT of solutions in\n"
+        "    another format (style=own: in the base's), SFT-SD of its own right answers. The rest\n"
+        "    learns these, too. masking hides what came after some moment; TABOM also ranks it,\n"
+        "    by a margin; rank_loss: what is missing to the margin. shuffled: in random order.")
     judged = {}
     for name, (_, own) in arms.items():
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. masking less SFT-SD: effect of recorded orders; TABOM less masking:\n"
-        "    effect of ranking. Another seed may move percentages by 5 points.\n")
+    say("\nPart 5: compare. TABOM less masking: effect of ranking. masking less SFT-SD: effect of\n"
+        "    recorded cuts and the window. Another seed may move a percentage by 5 points.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:

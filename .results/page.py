@@ -19,10 +19,13 @@ import toy_data as toy
 
 # == Tables ========================================================================================
 TEN, FIVE = range(10, 20), range(10, 15)
-COLUMNS = ("sampled", "best order", "best order, sampled", "mul", "add",
-           "pass@16 of 160", "right factors", "two a step", "TDS")
-WHY = ("own order", "base writes in this order", "writes in the base's order", "by confidence",
-       "turn of the factor", "gap after 0", "gap after 3")
+COLUMNS = {"own order, sampled": "sampled", **{name: name for name in (
+    "best order", "best order, sampled", "mul", "add", "pass@16 of 160", "right factors")},
+    "two tokens a step": "two a step", "TDS": "TDS"}
+WHY = {"own order": "own order", "base writes, arm says where": "base writes in this order",
+       "arm writes, base says where": "writes in the base's order",
+       "by confidence": "by confidence", "turn of the factor": "turn of the factor",
+       "gap before any write": "gap after 0", "gap after 3 writes": "gap after 3"}
 SHORT = ("own order", "best order", "best order, sampled", "mul")
 FRONT = {"the base": "No-SFT",
          "SFT-GT, solutions in another format": "SFT-GT",
@@ -35,6 +38,9 @@ FRONT = {"the base": "No-SFT",
 def markdown(lines):
     head, *rows = [[str(cell) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+def short(rate):
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 def mean_of(found, arm, figure):
     values = over_seeds(found, {arm: 1}, figure)
@@ -82,17 +88,18 @@ def tables(folder):
     return {
         "Front page": table_of_arms(ten, FRONT, {
             "best order": "best order", "sampled": "best order, sampled", "`mul`": "mul"}),
-        "Arms": table_of_arms(ten, same(GROUPS["core"] + GROUPS["sweeps"]), same(COLUMNS), "seeds"),
+        "Arms": table_of_arms(ten, same(GROUPS["core"] + GROUPS["sweeps"]), COLUMNS, "seeds"),
         "Claims": by_claim(lab.judge(ten, claims)),
-        "Rates": markdown([["", *(f"{rate:g}" for rate in RATES)], *(
+        "Rates": markdown([["", *map(short, RATES)], *(
             [arm, *(" / ".join(mean_of(five, at(arm, rate), figure) for figure in SHORT).strip(" /")
                     for rate in RATES)] for arm in (*CURVES, "SFT-GT-old"))]),
-        "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]), same(COLUMNS[:5])),
+        "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]),
+                                 dict(list(COLUMNS.items())[:5])),
         "Orders": grid(ten, "", ["percent right"], (
             "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in lab.BLOCKS),
             "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
         "Why": grid(four, "", ("No-SFT", "TABOM", "T3D", "SFT-SD", "masking", "SFT-GT",
-                               at("SFT-GT", lab.TUNED)), WHY, lambda arm, figure: (arm, figure))}
+                               at("SFT-GT", lab.TUNED)), WHY, lambda arm, name: (arm, WHY[name]))}
 
 # == The rates =====================================================================================
 
@@ -119,14 +126,13 @@ def draw_rates(folder):
     found = {seed: found[seed] for seed in FIVE}
     figure, panels = new_picture(3)
     for panel, title, name in zip(panels, (
-            "in its own order", "told the best order (dashed: tokens sampled)",
+            "in its own order", "in the best order (dashed: tokens sampled)",
             "mul: what is forgotten"), ("own order", "best order", "mul")):
-        for number, arm in enumerate(CURVES):
+        for arm in CURVES:
             rates, means, lows, highs = zip(*curve(found, arm, name))
-            rates = [rate * (1 + 0.04 * (number - 2.5)) for rate in rates]   # bars side by side
             style = {"color": COLORS[arm], "linewidth": 2 if arm == "TABOM" else 1.2}
             panel.plot(rates, means, marker="o", markersize=3, label=LABELS[arm], **style)
-            panel.vlines(rates, lows, highs, color=COLORS[arm], linewidth=0.6, alpha=0.6)
+            panel.fill_between(rates, lows, highs, color=COLORS[arm], alpha=0.1, linewidth=0)
             if name == "best order":
                 sampled = [mean for _, mean, *_ in curve(found, arm, "best order, sampled")]
                 panel.plot(rates, sampled, linestyle="--", alpha=0.7, **style)
@@ -134,7 +140,7 @@ def draw_rates(folder):
                       linewidth=0.7, label="the base")
         panel.axvline(2e-5, color="grey", linestyle=":", label="the paper's learning rate")
         panel.set(xscale="log", title=title, xlabel="learning rate")
-    panels[0].set_ylabel("percent right: mean, 95 % interval")
+    panels[0].set_ylabel("percent right: mean, 95 % interval (seeds 10 to 14)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(folder / "rates.svg", metadata={"Date": None})
 
@@ -147,11 +153,16 @@ def draw_frontier(folder):
         gained, kept = ([mean for _, mean, *_ in curve(five, arm, name)]
                         for name in ("own order", "best order, sampled"))
         panel.plot(kept, gained, marker="o", markersize=3, color=COLORS[arm], label=LABELS[arm])
+        if arm == "TABOM":                       # the others have the same direction
+            panel.annotate("1e-6", (kept[0] - 2.5, gained[0] - 0.3))
+            panel.annotate("5e-4", (kept[-1] - 3, gained[-1] - 0.3))
+    panel.plot(*(statistics.mean(over_seeds(five, {"No-SFT": 1}, name))
+                 for name in ("best order, sampled", "own order")), "k*", label="the base")
     margins = [f"TABOM:margin={margin}" for margin in (0.1, 0.2, 0.3, 0.5, 0.7)] + ["TABOM"]
     panel.plot(*([statistics.mean(over_seeds(three, {arm: 1}, name)) for arm in margins]
                  for name in ("best order, sampled", "own order")), "k:", marker=".",
-               label="TABOM at 2e-5, margins of 0.1 to 1 nat")
-    panel.set(xlabel="told the best order, tokens sampled", ylabel="in its own order",
+               label="TABOM at 2e-5, margins 0.1 to 1 (seeds 10 to 12)")
+    panel.set(xlabel="percent right, best order, sampled", ylabel="percent right, own order",
               xlim=(60, 100))
     panel.legend(fontsize=7, loc="lower left")
     figure.savefig(folder / "frontier.svg", metadata={"Date": None})
