@@ -377,8 +377,7 @@ def discrimination_score(states):
     return torch.cat(scores).mean()                                      # Eq. 11
 
 # == 9. The rivals =================================================================================
-# Losses of the same form (in the demo: --arms dInfer T3D).  Two more rivals are `nelbo_loss`:
-# SFT-GT on given solutions (ground truth), SFT-SD on own right answers (self-distilled).
+# Two more are `nelbo_loss`: SFT-GT on given solutions (ground truth), SFT-SD (self-distilled).
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is written until a later one.
@@ -650,7 +649,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 2: why order matters. In pick, 41x45b asks for a factor with digits from 4 to 5,\n"
         "    and for 41 times it. Percent right by c, the number of digits to choose from. own:\n"
-        "    surest token first; best: factor first. gap: nats by which other tokens look surer.")
+        "    surest first; best: factor first. gap: nats by which others look surer than factor.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -671,8 +670,9 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 4: fine-tune copies of the base. SFT hides random tokens: SFT-GT of solutions in\n"
         "    another format (style=own: in the base's), SFT-SD of its own right answers. The rest\n"
-        "    learns these, too. masking hides what came after some moment; TABOM also ranks it,\n"
-        "    by a margin; rank_loss: what is missing to the margin. shuffled: in random order.")
+        "    learns these, too. masking hides what came after a moment and learns what is next;\n"
+        "    TABOM also ranks this: if earlier, lower entropy, by a margin. rank_loss: what is\n"
+        "    missing; pair_accuracy: pairs in order. shuffled: TABOM, with random orders.")
     judged = {}
     for name, (_, own) in arms.items():
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -684,7 +684,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
     say("\nPart 5: compare. TABOM less masking: effect of ranking. masking less SFT-SD: effect of\n"
-        "    recorded cuts and the window. Another seed may move a percentage by 5 points.\n")
+        "    recorded orders and the window. Another seed may differ by 5 points and more.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:

@@ -207,16 +207,18 @@ def square(kind, x, inset=0, opacity=1):
 def panel(left, title, problem, response, rank, entropies):
     """-> what stands still, [what each of the 13 states shows]."""
     names = ["ppppffuuuttt"[column] for column in toy.columns_of(problem[None])[0]]
-    still = [text(left + 6 * CELL, 52, title)]
+    starts = [i > 0 and names[i] != names[i - 1] for i in range(12)]     # a gap before a number
+    places = [left + i * CELL + 6 * sum(starts[:i + 1]) for i in range(12)]
+    still, centre = [], left + 6 * CELL + 9
     for name, word in FIELDS.items():
-        at = [i for i, x in enumerate(names) if x == name]
-        still.append(text(left + (at[0] + at[-1] + 1) / 2 * CELL, TOP - 8, word, "small faint"))
-    still += [square("cell", left + i * CELL) for i in range(12)]
+        own = [x for x, its_name in zip(places, names) if its_name == name]
+        still.append(text((own[0] + own[-1] + CELL) / 2, TOP - 8, word, "small faint"))
+    still += [text(centre, 52, title), *(square("cell", x) for x in places)]
     lost, states = last_hope(problem, response, rank), []
     for n_visible in range(13):
         shown = []
-        for i in range(12):
-            x, middle = left + i * CELL, left + (i + 0.5) * CELL
+        for i, x in enumerate(places):
+            middle = x + CELL / 2
             if rank[i] < n_visible:
                 shown.append(text(middle, TOP + 22, toy.to_text(response[i:i + 1])))
             else:
@@ -227,21 +229,21 @@ def panel(left, title, problem, response, rank, entropies):
                 shown.append(square("new", x, 2))
         if lost and n_visible >= lost:
             words = f"no right answer is possible after step {lost}"
-            shown.append(text(left + 6 * CELL, TOP + 58, words, "small bad"))
+            shown.append(text(centre, TOP + 58, words, "small bad"))
         elif n_visible == 12:
-            shown.append(text(left + 6 * CELL, TOP + 58, "right", "small good"))
+            shown.append(text(centre, TOP + 58, "right", "small good"))
         states.append(shown)
     return still, states
 
 def picture(problem, panels):
     """A problem of pick and two (title, response, rank, entropies) -> SVG."""
     first, (_, low, high, _) = toy.to_text(problem[:2]), toy.to_text(problem[2:6])
-    width, total = 2 * 12 * CELL + 80, 13 * SECONDS + REST
+    width, total = 2 * 12 * CELL + 116, 13 * SECONDS + REST
     parts = [text(20, 22, f"{first} x a factor of your own choice, digits from {low} to {high}. "
                   "Small number and shade: entropy in nats.", "left small")]
     states = [[] for _ in range(13)]
     for number, (title, *answer) in enumerate(panels):
-        still, shown = panel(20 + number * (12 * CELL + 40), title, problem, *answer)
+        still, shown = panel(20 + number * (12 * CELL + 58), title, problem, *answer)
         parts += still
         for state, more in zip(states, shown):
             state += more
