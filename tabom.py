@@ -224,8 +224,8 @@ def pick_tokens(logits, temperature, generator):
 # entropies h that its tokens had just before they were written.  At a cut, take hidden positions r
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
 # it should be the likelier one: h(r) < h(s), for any beta (Lemma 1).  Eq. 8 asks for a margin.
-# Is it circular, since entropy made the order?  Pairs with the next token are in order already:
-# they only widen to the margin.  In others the model must foresee what it came to know later.
+# Is it circular, since entropy made the order?  Pairs with the next token are in order already.
+# In others the model must foresee what it came to know later; and bad orders were dropped.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -613,12 +613,12 @@ def evaluate(model, tests, seed):
 # == 14. The demo, in five parts ===================================================================
 
 def compare(runs):
-    """[{arm: figures} of each seed] -> the table of means."""
-    lines = [["", *toy.FIGURES]]
-    for arm in runs[0]:
-        means = {name: sum(run[arm][name] for run in runs) / len(runs) for name in toy.FIGURES}
-        lines.append([arm, *(f"{means[x]:.{3 if x == 'TDS' else 1}f}" for x in means)])
-    return toy.table(lines)
+    """[{arm: figures} of each seed] -> the table of means; gain: over the base, in own order."""
+    means = {arm: [sum(run[arm][name] for run in runs) / len(runs) for name in toy.FIGURES]
+             for arm in runs[0]}
+    lines = [[arm, f"{row[0] - means['No-SFT'][0]:+.1f}", *row[:-1], f"{row[-1]:.3f}"]
+             for arm, row in means.items()]
+    return toy.table([["", "gain", *toy.FIGURES], *lines])
 
 def film(pick, base, tuned):
     """How two models, each (model, answers, right), wrote one of the answers that were judged."""
@@ -631,8 +631,8 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Of the prompts that only TABOM gets right, the one whose factor moved earlier the\n"
-            "most. Look at f: the later it is written, the more it must fit.\n"
+    return ("Right with TABOM only, and the factor, f, moved earlier the most. The later f is\n"
+            "written, the more it must fit.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -647,9 +647,9 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     base = pretrain(corpus.to(device), odds, settings.pretrain_updates, seed)
     store(folder, f"seed-{seed}-base.pt", base.state_dict())
 
-    say("\nPart 2: why order matters. In pick, 41x45b asks for a factor with digits from 4 to 5,\n"
-        "    and for 41 times it. Percent right by c, the number of digits to choose from. own:\n"
-        "    surest first; best: factor first. gap: nats by which others look surer than factor.")
+    say("\nPart 2: why order matters. In pick, 41 x (digits 4 to 5) asks for a factor with such\n"
+        "    digits, and the product. Percent right by c, the number of digits to choose from.\n"
+        "    own: surest first; best: factor first. gap: nats by which others look surer than it.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -683,8 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. TABOM less masking: effect of ranking. masking less SFT-SD: effect of\n"
-        "    recorded orders and the window. Another seed may differ by 5 points and more.\n")
+    say("\nPart 5: compare. gain: own order minus the base's. From SFT-SD to masking, recorded\n"
+        "    orders and the window do it; from masking to TABOM, ranking. Noise: about 5 points.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:

@@ -944,8 +944,8 @@ def test_the_table_shows_the_mean_over_seeds_of_each_figure():
     runs = [{name: {figure: value + seed for figure in toy_data.FIGURES}
              for name, value in (("No-SFT", 40.0), ("TABOM", 50.0 + seed))} for seed in (0, 2)]
     header, base, tuned = (line.split() for line in tabom.compare(runs).splitlines())
-    assert base == ["No-SFT", *["41.0"] * 8, "41.000"]
-    assert tuned == ["TABOM", *["52.0"] * 8, "52.000"] and header.count("sampled") == 2
+    assert base == ["No-SFT", "+0.0", *["41.0"] * 8, "41.000"]
+    assert tuned == ["TABOM", "+11.0", *["52.0"] * 8, "52.000"] and header.count("sampled") == 2
 
 def test_the_film_shows_the_prompt_on_which_the_factor_came_forward_most(monkeypatch):
     pick = picks(2, 3, 4, 5)

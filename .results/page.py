@@ -87,7 +87,8 @@ def tables(folder):
 
     return {
         "Front page": table_of_arms(ten, FRONT, {
-            "best order": "best order", "sampled": "best order, sampled", "`mul`": "mul"}),
+            "best order": "best order", "best order, sampled": "best order, sampled",
+            "`mul`, factor given": "mul"}),
         "Arms": table_of_arms(ten, same(GROUPS["core"] + GROUPS["sweeps"]), COLUMNS, "seeds"),
         "Claims": by_claim(lab.judge(ten, claims)),
         "Rates": markdown([["", *map(short, RATES)], *(
