@@ -223,9 +223,9 @@ def pick_tokens(logits, temperature, generator):
 # Boltzmann: let P(state) be proportional to exp(-beta E), beta > 0, where E is the sum of the
 # entropies h that its tokens had just before they were written.  At a cut, take hidden positions r
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
-# it should be the likelier one: h(r) < h(s), for any beta (Lemma 1).  Eq. 8 asks for a margin.
-# Is it circular, since entropy made the order?  Pairs with the next token are in order already.
-# In others the model must foresee what it came to know later; and bad orders were dropped.
+# make it the likelier one: h(r) < h(s), for any beta (Lemma 1).  Eq. 8 also asks for a margin.
+# Is it circular, since entropy made the order?  Only for the next token: it was the surest here.
+# The others were ordered later, when more was visible; and orders that ended badly were dropped.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -253,7 +253,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size (paper: 32 of 256 tokens); margin in nats (paper: 0.1 to 0.3); rank_weight (1 or 2);
-    n_visible (B,): the cut, below n; else drawn.  If decoding wrote k a step: multiples of k."""
+    n_visible (B,): the cut, below n; else drawn.  If k were written a step, pass multiples of k."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -267,7 +267,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                   "pair_accuracy": pair_accuracy}
 
 # == 6. Training as usual (Eq. 1) ==================================================================
-# Pretraining: cut a random order, learn all that is hidden.  A uniform cut makes it a bound.
+# Pretraining: cut a random order, learn all hidden tokens.  Uniform cuts: a bound on -log p.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
     """Eq. 1, the negative evidence lower bound: the mean of -log p over 1 to n hidden positions of
@@ -437,7 +437,7 @@ class Settings:
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions: units and tens swapped, or "own" (not)
+    style: str = "other"              # of given solutions: units and tens swapped, or "own": not
     pretrain_updates: int = 4500      # then nearly all is right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
@@ -649,7 +649,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 2: why order matters. In pick, 41 x (digits 4 to 5) asks for a factor with such\n"
         "    digits, and the product. Percent right by c, the number of digits to choose from.\n"
-        "    own: surest first; best: factor first. gap: nats by which others look surer than it.")
+        "    own: surest first; best: factor first. gap: nats by which the factor looks less sure.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -669,10 +669,10 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
     say("\nPart 4: fine-tune copies of the base. SFT hides random tokens: SFT-GT of solutions in\n"
-        "    another format (style=own: in the base's), SFT-SD of its own right answers. The rest\n"
-        "    learns these, too. masking hides what came after a moment and learns what is next;\n"
-        "    TABOM also ranks this: if earlier, lower entropy, by a margin. rank_loss: what is\n"
-        "    missing; pair_accuracy: pairs in order. shuffled: TABOM, with random orders.")
+        "    another format (style=own: in the base's), SFT-SD of its own right answers, as all\n"
+        "    others. masking hides what came after a moment and learns what is next; TABOM also\n"
+        "    ranks it: if earlier, lower entropy, by a margin. rank_loss (what is missing) and\n"
+        "    pair_accuracy: compare with masking, which does not train them. shuffled: no order.")
     judged = {}
     for name, (_, own) in arms.items():
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. gain: own order minus the base's. From SFT-SD to masking, recorded\n"
-        "    orders and the window do it; from masking to TABOM, ranking. Noise: about 5 points.\n")
+    say("\nPart 5: compare. gain: own order minus the base's (No-SFT). masking and SFT-SD differ\n"
+        "    by recorded orders and window, TABOM and masking by ranking. Noise: about 5 points.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:
