@@ -225,7 +225,7 @@ def pick_tokens(logits, temperature, generator):
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
 # make it the likelier one: h(r) < h(s), for any beta (Lemma 1).  Eq. 8 also asks for a margin.
 # Is it circular, since entropy made the order?  Only for the next token: it was the surest here.
-# The others were ordered later, when more was visible; and orders that ended badly were dropped.
+# Others were ordered later, with more visible: to foresee that is learned, from right answers.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -426,9 +426,9 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# An arm is a way of training.  The toy: 47x58a (a: layout), of pick, asks for a factor with digits
-# from 5 to 8 (c = 4); the model writes 3995 85 235 376: product, factor, working.  In mul the
-# factor is given; add adds.  Arms train on pick; mul and add show what is forgotten.
+# An arm is a way of training.  The toy: in pick, 47 x (digits 5 to 8) asks for a factor of such
+# digits (c = 4); the model writes 3995 85 235 376: product, factor, working.  In mul the factor is
+# given; add adds.  Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
@@ -437,7 +437,7 @@ class Settings:
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions: units and tens swapped, or "own": not
+    style: str = "other"              # of given solutions: units and tens swapped; "own": not
     pretrain_updates: int = 4500      # then nearly all is right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
@@ -631,8 +631,7 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Right with TABOM only, and the factor, f, moved earlier the most. The later f is\n"
-            "written, the more it must fit.\n"
+    return ("Right only with TABOM, whose factor, f, came earlier by most. If late, it must fit.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -649,7 +648,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
 
     say("\nPart 2: why order matters. In pick, 41 x (digits 4 to 5) asks for a factor with such\n"
         "    digits, and the product. Percent right by c, the number of digits to choose from.\n"
-        "    own: surest first; best: factor first. gap: nats by which the factor looks less sure.")
+        "    own: surest first; best: factor first. gap: factor's entropy minus the lowest other.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -668,11 +667,13 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nPart 4: fine-tune copies of the base. SFT hides random tokens: SFT-GT of solutions in\n"
-        "    another format (style=own: in the base's), SFT-SD of its own right answers, as all\n"
-        "    others. masking hides what came after a moment and learns what is next; TABOM also\n"
-        "    ranks it: if earlier, lower entropy, by a margin. rank_loss (what is missing) and\n"
-        "    pair_accuracy: compare with masking, which does not train them. shuffled: no order.")
+    say("\nPart 4: fine-tune copies of the base. rank_loss (what is missing to the margin) and\n"
+        "    pair_accuracy: compare TABOM with masking, which does not train them.\n\n"
+        "    SFT-GT    given solutions in another format (style=own: the base's), random blanks\n"
+        "    SFT-SD    the base's own right answers, random blanks\n"
+        "    masking   the same; blank is what came after a moment, learned is what came next\n"
+        "    TABOM     masking and ranking: what came earlier should have lower entropy\n"
+        "    shuffled  TABOM with random orders\n")
     judged = {}
     for name, (_, own) in arms.items():
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +684,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. gain: own order minus the base's (No-SFT). masking and SFT-SD differ\n"
-        "    by recorded orders and window, TABOM and masking by ranking. Noise: about 5 points.\n")
+    say("\nPart 5: compare. gain: own order minus the base's (No-SFT); 5 points may be noise.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:
