@@ -225,7 +225,7 @@ def pick_tokens(logits, temperature, generator):
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
 # make it the likelier one: h(r) < h(s), for any beta (Lemma 1).  Eq. 8 also asks for a margin.
 # Is it circular, since entropy made the order?  Only for the next token: it was the surest here.
-# Others were ordered later, with more visible: to foresee that is learned, from right answers.
+# Others were ordered later, with more visible: right answers teach the model to foresee this.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -427,8 +427,8 @@ class LaggedCopy:
 
 # == 10. Settings and arms =========================================================================
 # An arm is a way of training.  The toy: in pick, 47 x (digits 5 to 8) asks for a factor of such
-# digits (c = 4); the model writes 3995 85 235 376: product, factor, working.  In mul the factor is
-# given; add adds.  Arms train on pick; mul and add show what is forgotten.
+# digits (c = 4 to choose from); the model writes 3995 85 235 376: product, factor, working.  In mul
+# the factor is given; add adds.  Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
@@ -631,7 +631,7 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Right only with TABOM, whose factor, f, came earlier by most. If late, it must fit.\n"
+    return ("Right only with TABOM, and the factor, f, moved earlier the most. A late f must fit.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -667,11 +667,11 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nPart 4: fine-tune copies of the base. rank_loss (what is missing to the margin) and\n"
-        "    pair_accuracy: compare TABOM with masking, which does not train them.\n\n"
+    say("\nPart 4: fine-tune copies of the base. rank_loss is what is missing to the margin; it\n"
+        "    and pair_accuracy (may fall): compare TABOM with masking, which trains neither.\n\n"
         "    SFT-GT    given solutions in another format (style=own: the base's), random blanks\n"
         "    SFT-SD    the base's own right answers, random blanks\n"
-        "    masking   the same; blank is what came after a moment, learned is what came next\n"
+        "    masking   the same; hides what came after a moment, learns what came next\n"
         "    TABOM     masking and ranking: what came earlier should have lower entropy\n"
         "    shuffled  TABOM with random orders\n")
     judged = {}
@@ -684,7 +684,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. gain: own order minus the base's (No-SFT); 5 points may be noise.\n")
+    say("\nPart 5: compare. gain: own order minus that of the base. 5 points may be noise.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:

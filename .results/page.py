@@ -74,7 +74,8 @@ def by_claim(lines):
         expected, got = (min(column, key=VERDICTS.index) for column in [*zip(*parts)][-2:])
         told = "<br>".join(f"{what}: {means}" + f" ({word})" * (word != "shown")
                            for what, _, means, _, word in parts)
-        rows.append([claim, told, min(part[1] for part in parts), expected, f"**{got}**"])
+        seeds = ", ".join(map(str, sorted({part[1] for part in parts})))
+        rows.append([claim, told, seeds, expected, f"**{got}**"])
     return markdown(rows)
 
 def tables(folder):
