@@ -225,7 +225,7 @@ def pick_tokens(logits, temperature, generator):
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
 # make it the likelier one: h(r) < h(s), for any beta (Lemma 1).  Eq. 8 also asks for a margin.
 # Is it circular, since entropy made the order?  Only for the next token: it was the surest here.
-# Others were ordered later, with more visible: right answers teach the model to foresee this.
+# Later ones were ordered with more visible: ranking asks the model to foresee that order here.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -631,7 +631,7 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Right only with TABOM, and the factor, f, moved earlier the most. A late f must fit.\n"
+    return ("Right only with TABOM; f, the factor, moved earlier the most. It must fit the rest.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -667,8 +667,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nPart 4: fine-tune copies of the base. rank_loss is what is missing to the margin; it\n"
-        "    and pair_accuracy (may fall): compare TABOM with masking, which trains neither.\n\n"
+    say("\nPart 4: fine-tune copies of the base. Compare the rank_loss of TABOM and masking.\n\n"
         "    SFT-GT    given solutions in another format (style=own: the base's), random blanks\n"
         "    SFT-SD    the base's own right answers, random blanks\n"
         "    masking   the same; hides what came after a moment, learns what came next\n"
@@ -684,7 +683,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. gain: own order minus that of the base. 5 points may be noise.\n")
+    say("\nPart 5: compare. gain: own order minus the base's. TABOM minus masking: what ranking\n"
+        "    does; masking minus SFT-SD: what recorded cuts do. 5 points may be noise.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:

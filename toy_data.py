@@ -205,7 +205,7 @@ def table(lines):
 FIGURES = {                         # what is measured of a model, and what it tells
     "own order": "percent of pick (c = 2 to 5) right if the model chooses what to write next",
     "sampled": "the same with sampled tokens, 16 answers to each of 80 prompts",
-    "best order": "percent of pick right if it is told the order: has it kept its skill?",
+    "best order": "percent of pick (c = 2 to 5) right if it is told the order: is the skill kept?",
     "best order, sampled": "the same with sampled tokens: the price of ranking",
     "mul": "percent right where the factor is given: has it forgotten?",
     "add": "percent of sums right: the same",
