@@ -223,9 +223,9 @@ def pick_tokens(logits, temperature, generator):
 # Boltzmann: let P(state) be proportional to exp(-beta E), beta > 0, where E is the sum of the
 # entropies h that its tokens had just before they were written.  At a cut, take hidden positions r
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
-# make it the likelier one: h(r) < h(s), for any beta (Lemma 1).  Eq. 8 also asks for a margin.
+# r should be the likelier next one: h(r) < h(s), for any beta (Lemma 1); by a margin, says Eq. 8.
 # Is it circular, since entropy made the order?  Only for the next token: it was the surest here.
-# Later ones were ordered with more visible: ranking asks the model to foresee that order here.
+# Later ones were ordered with more visible, to be foreseen here; and only good orders are kept.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -253,7 +253,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size (paper: 32 of 256 tokens); margin in nats (paper: 0.1 to 0.3); rank_weight (1 or 2);
-    n_visible (B,): the cut, below n; else drawn.  If k were written a step, pass multiples of k."""
+    n_visible (B,): the cut, below n; else drawn.  If k were written a step: multiples of k."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -267,11 +267,11 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                   "pair_accuracy": pair_accuracy}
 
 # == 6. Training as usual (Eq. 1) ==================================================================
-# Pretraining: cut a random order, learn all hidden tokens.  Uniform cuts: a bound on -log p.
+# Pretraining: cut a random order, learn all hidden tokens.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
-    """Eq. 1, the negative evidence lower bound: the mean of -log p over 1 to n hidden positions of
-    a row, then over rows.  Text without order: from_steps(prompt, text, torch.zeros_like(text))."""
+    """Eq. 1, the negative evidence lower bound per token: mean of -log p over a row's 1 to n hidden
+    positions, then of rows.  Without an order: from_steps(prompt, text, torch.zeros_like(text))"""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
     log_p = predict(model, trajectories, masked, masked, mask_id)        # (K, V)
@@ -437,7 +437,7 @@ class Settings:
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions: units and tens swapped; "own": not
+    style: str = "other"              # of given solutions: "other" swaps units and tens, "own" not
     pretrain_updates: int = 4500      # then nearly all is right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
@@ -631,7 +631,7 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Right only with TABOM; f, the factor, moved earlier the most. It must fit the rest.\n"
+    return ("Right only with TABOM, and picked: here f, the factor, moved earlier the most.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -667,7 +667,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nPart 4: fine-tune copies of the base. Compare the rank_loss of TABOM and masking.\n\n"
+    say("\nPart 4: fine-tune copies of the base. Compare the rank_loss of TABOM with masking's.\n\n"
         "    SFT-GT    given solutions in another format (style=own: the base's), random blanks\n"
         "    SFT-SD    the base's own right answers, random blanks\n"
         "    masking   the same; hides what came after a moment, learns what came next\n"
