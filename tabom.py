@@ -225,7 +225,7 @@ def pick_tokens(logits, temperature, generator):
 # and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
 # r should be the likelier next one: h(r) < h(s), for any beta (Lemma 1); by a margin, says Eq. 8.
 # Is it circular, since entropy made the order?  Only for the next token: it was the surest here.
-# Later ones were ordered with more visible, to be foreseen here; and only good orders are kept.
+# Later ones were chosen with more visible; here the model must foresee that choice.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
@@ -253,7 +253,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
     window_size (paper: 32 of 256 tokens); margin in nats (paper: 0.1 to 0.3); rank_weight (1 or 2);
-    n_visible (B,): the cut, below n; else drawn.  If k were written a step: multiples of k."""
+    n_visible (B,): the cut, below n; else drawn.  With k tokens per step: multiples of k."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -377,7 +377,7 @@ def discrimination_score(states):
     return torch.cat(scores).mean()                                      # Eq. 11
 
 # == 9. The rivals =================================================================================
-# Two more are `nelbo_loss`: SFT-GT on given solutions (ground truth), SFT-SD (self-distilled).
+# Not in the default demo, unlike `nelbo_loss`: SFT-GT (ground truth), SFT-SD (self-distilled).
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     """dInfer (arXiv 2510.08666): show a state, supervise all that is written until a later one.
@@ -437,7 +437,7 @@ class Settings:
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions: "other" swaps units and tens, "own" not
+    style: str = "other"              # of given solutions: "other" swaps units and tens
     pretrain_updates: int = 4500      # then nearly all is right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
     temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
@@ -684,7 +684,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
     say("\nPart 5: compare. gain: own order minus the base's. TABOM minus masking: what ranking\n"
-        "    does; masking minus SFT-SD: what recorded cuts do. 5 points may be noise.\n")
+        "    does; masking minus SFT-SD: recorded cuts and the window. 5 points may be noise.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:

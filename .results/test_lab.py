@@ -212,7 +212,7 @@ def test_every_figure_of_the_front_page_was_measured(ten):
         f"the paper's, TABOM is {more(smaller, 'masking')} above masking,",
         f"({rated('SFT-GT', 3e-6)} %; TABOM {rated('TABOM', 2e-5)} %, seeds 10 to 14),",
         f"but {rated('SFT-GT', 3e-6, kept)} % when sampled in the best order.",
-        f"(`mul` at 1e-4: {rated('SFT-GT', 1e-4, 'mul')} %).",
+        f"(`mul` at 1e-4: {rated('SFT-GT', 1e-4, 'mul')} %);",
         f"falls (at 1e-4: {rated('TABOM', 1e-4, kept)} %).",
         f"the base gets {demo['No-SFT']} % right, SFT-SD {demo['SFT-SD']},",
         f"masking {demo['masking']}, TABOM {demo['TABOM']}.",
