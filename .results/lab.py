@@ -17,6 +17,7 @@ to learn from; arms that tabom.py knows are trained by it.
 """
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -252,9 +253,8 @@ def why(model, pick, answers):
     pick, answers = pick[chooses], answers[chooses]
     rank = answers.decode_rank.masked_fill(~toy.is_factor(pick), 99).amin(1)
     found = {"turn of the factor": rank.float().mean().item()}
-    states = list(tabom.replay(model, answers, mask_id=toy.MASK_ID))
-    for n_visible in (0, 3):
-        masked, entropy = states[n_visible]
+    states = tabom.replay(model, answers, mask_id=toy.MASK_ID)
+    for n_visible, (masked, entropy) in itertools.islice(enumerate(states), 0, 4, 3):
         gap = toy.entropy_gap(pick, entropy.masked_fill(~masked, torch.inf))
         found[f"gap after {n_visible}"] = gap[gap.isfinite()].mean().item()
     return found

@@ -42,6 +42,9 @@ def markdown(lines):
 def short(rate):
     return f"{rate:.0e}".replace("e-0", "e-")
 
+def among(found, seeds):
+    return {seed: found[seed] for seed in seeds if seed in found}
+
 def mean_of(found, arm, figure):
     values = over_seeds(found, {arm: 1}, figure)
     digits = 3 if figure == "TDS" else 2 if figure.startswith("gap") else 1
@@ -52,17 +55,18 @@ def change(found, arm, other="No-SFT", figure="own order"):
     values = over_seeds(found, {arm: 1, other: -1}, figure) if arm != other else ()
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval(values)) if len(values) > 1 else ""
 
-def grid(found, corner, rows, columns, figure_at):
+def grid(found, rows, columns, figure_at):
     """A table of means; figure_at(row, column) -> arm, figure."""
-    return markdown([[corner, *columns], *([row, *(mean_of(found, *figure_at(row, column))
+    return markdown([["", *columns], *([row, *(mean_of(found, *figure_at(row, column))
                                                    for column in columns)] for row in rows)])
 
-def table_of_arms(found, arms, columns, *first):
-    """Means of arms {label: arm} in own order, less the base's, and in columns {label: figure}."""
-    return markdown([["", "own order", "gain [95 %]", *columns, *first], *(
+def table_of_arms(found, arms, columns, *seeds):
+    """Means of arms {label: arm} in own order, less the base's, and in columns {label: figure};
+    with "seeds" also on how many."""
+    return markdown([["", "own order", "gain [95 %]", *columns, *seeds], *(
         [label, mean_of(found, arm, "own order"), change(found, arm),
          *(mean_of(found, arm, figure) for figure in columns.values()),
-         *(len(over_seeds(found, {arm: 1}, "own order")) for _ in first)]
+         *(len(over_seeds(found, {arm: 1}, "own order")) for _ in seeds)]
         for label, arm in arms.items())])
 
 def by_claim(lines):
@@ -81,14 +85,14 @@ def by_claim(lines):
 def tables(folder):
     """{title: table}; the first one stands on the front page."""
     found, claims = load(folder), (lab.HERE / "claims.txt").read_text()
-    ten, five, four = ({seed: found[seed] for seed in some if seed in found}
-                       for some in (TEN, FIVE, FIVE[:4]))
+    ten, five, four = (among(found, seeds) for seeds in (TEN, FIVE, FIVE[:4]))
     def same(names):
         return {name: name for name in names}
 
     return {
         "Front page": table_of_arms(ten, FRONT, {
-            "best order": "best order", "best order, sampled": "best order, sampled", "`mul`": "mul"}),
+            "best order": "best order", "best order, sampled": "best order, sampled",
+            "`mul`": "mul"}),
         "Arms": table_of_arms(ten, same(GROUPS["core"] + GROUPS["sweeps"]), COLUMNS, "seeds"),
         "Claims": by_claim(lab.judge(ten, claims)),
         "Rates": markdown([["", *map(short, RATES)], *(
@@ -96,10 +100,10 @@ def tables(folder):
                     for rate in RATES)] for arm in (*CURVES, "SFT-GT-old"))]),
         "Choices": table_of_arms(load(folder / "tuning"), same(GROUPS["tune"]),
                                  dict(list(COLUMNS.items())[:5])),
-        "Orders": grid(ten, "", ["percent right"], (
+        "Orders": grid(ten, ["percent right"], (
             "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in lab.BLOCKS),
             "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
-        "Why": grid(four, "", ("No-SFT", "TABOM", "T3D", "SFT-SD", "masking", "SFT-GT",
+        "Why": grid(four, ("No-SFT", "TABOM", "T3D", "SFT-SD", "masking", "SFT-GT",
                                at("SFT-GT", lab.TUNED)), WHY, lambda arm, name: (arm, WHY[name]))}
 
 # == The rates =====================================================================================
@@ -123,8 +127,7 @@ def new_picture(columns):
     return pyplot.subplots(1, columns, figsize=(5 * columns, 5), layout="constrained")
 
 def draw_rates(folder):
-    found = load(folder)
-    found = {seed: found[seed] for seed in FIVE}
+    found = among(load(folder), FIVE)
     figure, panels = new_picture(3)
     for panel, title, name in zip(panels, (
             "in its own order", "in the best order (dashed: tokens sampled)",
@@ -147,8 +150,8 @@ def draw_rates(folder):
 
 def draw_frontier(folder):
     """Own order against best order, sampled: one curve for each arm, from rate to rate."""
-    found = load(folder)
-    five, three = ({seed: found[seed] for seed in some} for some in (FIVE, FIVE[:3]))
+    five = among(load(folder), FIVE)
+    three = among(five, FIVE[:3])
     figure, panel = new_picture(1)
     for arm in CURVES:
         gained, kept = ([mean for _, mean, *_ in curve(five, arm, name)]
@@ -169,7 +172,9 @@ def draw_frontier(folder):
     figure.savefig(folder / "frontier.svg", metadata={"Date": None})
 
 # == The film ======================================================================================
-CELL, TOP, SECONDS, REST = 34, 92, 1.3, 5.0      # pixels, pixels, for each state, after the last
+CELL, GAP, TOP = 34, 6, 92                       # pixels
+PANEL = 12 * CELL + 3 * GAP                      # its width: four numbers, three gaps
+SECONDS, REST = 1.3, 5.0                         # for each state, after the last
 FIELDS = {"p": "product", "f": "factor", "u": "units", "t": "tens"}
 STYLE = """
   text { font: 15px ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; text-anchor: middle }
@@ -209,8 +214,8 @@ def panel(left, title, problem, response, rank, entropies):
     """-> what stands still, [what each of the 13 states shows]."""
     names = ["ppppffuuuttt"[column] for column in toy.columns_of(problem[None])[0]]
     starts = [i > 0 and names[i] != names[i - 1] for i in range(12)]     # a gap before a number
-    places = [left + i * CELL + 6 * sum(starts[:i + 1]) for i in range(12)]
-    still, centre = [], left + 6 * CELL + 9
+    places = [left + i * CELL + GAP * sum(starts[:i + 1]) for i in range(12)]
+    still, centre = [], left + PANEL / 2
     for name, word in FIELDS.items():
         own = [x for x, its_name in zip(places, names) if its_name == name]
         still.append(text((own[0] + own[-1] + CELL) / 2, TOP - 8, word, "small faint"))
@@ -239,12 +244,12 @@ def panel(left, title, problem, response, rank, entropies):
 def picture(problem, panels):
     """A problem of pick and two (title, response, rank, entropies) -> SVG."""
     first, (_, low, high, _) = toy.to_text(problem[:2]), toy.to_text(problem[2:6])
-    width, total = 2 * 12 * CELL + 116, 13 * SECONDS + REST
+    width, total = 2 * PANEL + 80, 13 * SECONDS + REST
     parts = [text(20, 22, f"{first} x a factor of your own choice, digits from {low} to {high}. "
                   "Small number and shade: entropy in nats.", "left small")]
     states = [[] for _ in range(13)]
     for number, (title, *answer) in enumerate(panels):
-        still, shown = panel(20 + number * (12 * CELL + 58), title, problem, *answer)
+        still, shown = panel(20 + number * (PANEL + 40), title, problem, *answer)
         parts += still
         for state, more in zip(states, shown):
             state += more

@@ -166,7 +166,7 @@ FIGURE = r"[-+]?\d+\.\d+|\d+ %"                  # what must have been measured
 
 @pytest.fixture(scope="module")
 def ten():
-    return {seed: arms for seed, arms in lab.load(lab.HERE).items() if seed in page.TEN}
+    return page.among(lab.load(lab.HERE), page.TEN)
 
 def test_tables_and_film_stand_on_their_pages():
     for title, table in page.tables(lab.HERE).items():
@@ -181,7 +181,7 @@ def without(text, said):
     return re.sub("|".join(map(re.escape, sorted(said, key=len, reverse=True))), "", text)
 
 def at_rate(ten, arm, rate, figure="own order"):
-    return page.mean_of({seed: ten[seed] for seed in page.FIVE}, lab.at(arm, rate), figure)
+    return page.mean_of(page.among(ten, page.FIVE), lab.at(arm, rate), figure)
 
 def turn_of_factor(ten, arm):
     """How many steps later than the base an arm writes the first digit of the factor."""
@@ -224,7 +224,7 @@ def test_every_figure_of_the_front_page_was_measured(ten):
 
 def test_every_figure_of_the_evidence_was_measured(ten):
     mean, more, kept = partial(page.mean_of, ten), partial(page.change, ten), "best order, sampled"
-    five, four, three = ({seed: ten[seed] for seed in page.FIVE[:n]} for n in (5, 4, 3))
+    five, four, three = (page.among(ten, page.FIVE[:n]) for n in (5, 4, 3))
     tuned, smaller, rated = lab.at("SFT-GT", lab.TUNED), "TABOM:margin=0.2", partial(at_rate, ten)
     turn = {arm: turn_of_factor(ten, arm) for arm in ("TABOM", "masking")}
     rest = without(PAGE, [
