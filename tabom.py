@@ -1,29 +1,29 @@
 # SPDX-License-Identifier: MIT
 """TABOM in one file: train a masked diffusion language model on the order in which it decodes.
 
-Such a model fills in a response of which some tokens are hidden, [MASK].  To answer, it starts with
-all of them hidden and writes one after the other, the surest first.  But it is trained on responses
-with *random* tokens hidden; decoding rarely meets such half-written responses (*states*).
+Such a model fills in the hidden tokens ([MASK]) of a response.  To answer, it starts with all of
+them hidden and writes them one by one, the surest (lowest entropy) first.  But it is trained on
+responses with *random* tokens hidden, and decoding rarely passes through such *states*.
 TABOM (Self-Distilled Trajectory-Aware Boltzmann Modeling, arXiv 2605.11854; this file is
 unofficial) trains on the states that the model itself passed through on its way to right answers:
 
     1. pretrain as usual: hide random tokens, predict them                         (Eq. 1)
     2. let the model answer queries, and record when each position was written     (Eq. 2, Def. 1)
-    3. keep the answers that your checker accepts: bad orders often end in wrong answers
-    4. rebuild a state on the way to a kept answer, train on what came next        (Eq. 9, term 1)
-    5. and rank: of these next tokens, those written sooner should be surer        (Eq. 7-8)
-       so that decoding, which writes first what it is surest of, repeats that order
+    3. keep the answers that your checker accepts: their orders tend to be the better ones
+    4. rebuild a state on the way to a kept answer, and train on the next tokens   (Eq. 9, term 1)
+    5. also rank these tokens: those written earlier should be surer, so that      (Eq. 7-8)
+       decoding, which starts with the surest, repeats this order
 
-A *trajectory* is an answer with the rank of each position: when it was written.  To *cut* it is to
-show what was written before some moment, and hide the rest.  The *window* is the W tokens that were
-written next.  Training as usual cuts a random order, and learns all that is hidden.  *Trajectory
-masking*, step 4 alone, cuts the recorded order, and learns the window.  TABOM also ranks it.
+A *trajectory* is an answer and the ranks that say when each position was written.  To *cut* it is
+to show what was written before some moment and hide the rest.  The *window* is the W tokens written
+next.  Training as usual cuts a random order and learns all hidden tokens.  *Trajectory masking*
+(step 4 alone) cuts the recorded order and learns the window.  TABOM also ranks the window.
 
     python tabom.py --demo    all of it on arithmetic, four minutes on a laptop; see also --help
 
-A model is any callable from tokens (B, L+N) to logits (B, L+N, V) that sees both sides of a token
-(no causal mask).  B rows, L prompt tokens, N response tokens, n of them decoded, V vocabulary, K
-the number of True in a mask (B, N).  Sure means: low entropy, in nats.
+A model is any callable that maps tokens (B, L+N) to logits (B, L+N, V) and sees both sides of a
+token (no causal mask).  Sizes: B rows, L prompt tokens, N response tokens (n of them decoded),
+V vocabulary entries, K True values in a mask (B, N).  "Sure" means low entropy, in nats.
 """
 # ==== The method begins here: copy sections 1-7.  They need nothing but torch and your model. =====
 from dataclasses import dataclass
@@ -72,9 +72,8 @@ class Trajectories:
         return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
 
     def only(self, keep):
-        """Neither train nor rank positions where keep (B, N) bool is False.  They stay visible, so
-        padding tells the model an answer's length.  To hide them from the model, first build
-        `Trajectories(prompt, response.masked_fill(~keep, mask_id), decode_rank)`."""
+        """Neither train nor rank where keep (B, N) bool is False.  There, response stays visible:
+        padding tells an answer's length.  To hide it, first put mask_id there in the response."""
         return from_steps(self.prompt, self.response, self.decode_rank.masked_fill(~keep, -1))
 
     @property
@@ -82,12 +81,12 @@ class Trajectories:
         return (self.decode_rank >= 0).sum(1)                            # (B,) n
 
 def rank_in_row(values):
-    """(B, N) -> (B, N) int64: 0 for the smallest of a row; of equal ones the leftmost is first."""
+    """(B, N) -> (B, N) int64.  The smallest value of a row gets 0.  A tie goes to the leftmost."""
     return values.argsort(dim=1, stable=True).argsort(dim=1)
 
 def from_steps(prompt, response, step, entropy=None):
     """Trajectories from the step (B, N) at which each position was written, -1 = never.
-    Within a step the lowest entropy (B, N) counts as first; without entropies, the leftmost.
+    Within a step, the lowest entropy (B, N) ranks first.  Without entropies, the leftmost does.
     Steps 2 0 -1 0 with entropies .3 .9 .1 .4 give ranks 2 1 -1 0."""
     require(step.shape == response.shape and not step.is_floating_point(),
             f"step must hold whole numbers of the shape {tuple(response.shape)}.")
@@ -97,7 +96,7 @@ def from_steps(prompt, response, step, entropy=None):
 
 def cut(decode_rank, n_visible, window_size=1):
     """The state after n_visible writes, an int or (B,) -> masked, window: (B, N) bool.
-    masked (the paper's M_t) is what is hidden; window (Delta), the next window_size of it."""
+    masked (paper: M_t) marks all hidden positions, window (Delta) the next window_size of them."""
     require_size("window_size", window_size)
     n_visible = torch.as_tensor(n_visible, device=decode_rank.device)
     require(n_visible.shape in ((), (len(decode_rank),)) and not n_visible.is_floating_point()
@@ -106,12 +105,12 @@ def cut(decode_rank, n_visible, window_size=1):
     return masked, masked & (decode_rank - n_visible.view(-1, 1) < window_size)
 
 def draw_below(limit, generator):
-    """(B,) limits -> (B,) int64, each uniform on 0 .. limit-1, and stratified over the rows, which
-    makes gradients less noisy: of 4 rows with limit 8 one gets 0 or 1, one 2 or 3, and so on."""
+    """(B,) limits -> (B,) int64, each uniform on 0 .. limit-1.  They are stratified over rows: of
+    4 rows with limit 8, one gets 0 or 1, one 2 or 3, and so on.  Gradients get less noisy."""
     require((limit > 0).all(), "in some row nothing was decoded: use data[data.n_decoded > 0].")
     part = torch.randperm(len(limit), generator=generator, device=limit.device)
     within = torch.rand(len(limit), generator=generator, device=limit.device, dtype=torch.float32)
-    return ((part + within) / len(limit) * limit).long().minimum(limit - 1)    # rounding
+    return ((part + within) / len(limit) * limit).long().minimum(limit - 1)  # rounding up
 
 def scatter(values, chosen, elsewhere=0.0):
     """(K,) values of the chosen (B, N) positions -> (B, N)."""
@@ -122,12 +121,10 @@ def row_mean(values, chosen):
     return scatter(values, chosen).sum(1) / chosen.sum(1).clamp(min=1)
 
 # == 2. Ask the model, and how unsure it is ========================================================
-# The decoder sorts by entropy; the ranking loss compares entropies.
-
 def ask(model, prompt, response, masked, wanted, mask_id):
     """The only call of a model: hide `masked`, predict `wanted`, (B, N) bool each -> logits (K, V).
-    logits[:, i] must predict token i (Dream's predicts token i + 1: shift it).  If the vocabulary
-    has an entry for [MASK], it gets -inf: it is never an answer."""
+    logits[:, i] must predict token i (in Dream it predicts token i + 1: shift the logits).  If the
+    vocabulary has an entry for [MASK], its logit becomes -inf, so [MASK] is never an answer."""
     require_size("mask_id", mask_id, lowest=0)
     require(not (prompt == mask_id).any(), f"the prompt contains mask_id ({mask_id}).")
     tokens = torch.cat([prompt, response.masked_fill(masked, mask_id)], 1)         # the paper's x_t
@@ -140,8 +137,8 @@ def ask(model, prompt, response, masked, wanted, mask_id):
     return logits
 
 def predict(model, trajectories, masked, wanted, mask_id):
-    """Hide `masked` and predict `wanted`, both (B, N) bool -> log p of the wanted, (K, V) float32.
-    Logits of other positions are not touched: not even nan there could reach a loss."""
+    """Hide `masked` and predict `wanted`, both (B, N) bool -> log p at `wanted`, (K, V) float32.
+    The logits of other positions are never used, so even a nan there cannot reach a loss."""
     require(wanted.any(1).all(), "a row has nothing left to predict: n_visible must be below n.")
     logits = ask(model, trajectories.prompt, trajectories.response, masked, wanted, mask_id)
     return logits.log_softmax(-1, dtype=torch.float32)
@@ -153,8 +150,8 @@ def token_nll(log_p, tokens):
     return nll
 
 def entropy_of(log_p):
-    """H = -sum_v p(v) log p(v), (..., V) -> (...) nats.  A term with p = 0 is removed: exactly 0,
-    with a gradient of exactly 0, where 0 * -inf would be nan."""
+    """H = -sum_v p(v) log p(v), (..., V) -> (...) nats.  A term with p = 0 is exactly 0, and so
+    is its gradient.  Otherwise 0 * -inf would give nan."""
     p = log_p.exp()
     return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
 
@@ -167,7 +164,7 @@ def predictive_entropy(logits):
 # An `order` is a function that says how hard each candidate is; the easiest is written first.
 
 def by_entropy(logits, tokens, candidates):
-    """logits (K, V) of the candidates (B, N) bool, tokens (B, L+N) that the model saw -> (K,)."""
+    """logits (K, V) at candidates (B, N) bool, tokens (B, L+N) the model saw -> difficulty (K,)."""
     return predictive_entropy(logits)
 
 def by_confidence(logits, tokens, candidates):
@@ -180,18 +177,18 @@ def decode(model, prompt, response_length, *, mask_id, order=by_entropy, tokens_
     """Answer prompts (B, L) -> `Trajectories` with responses of response_length = N tokens.
     order            what counts as easy: a function as above.  Ties go to the leftmost.
     tokens_per_step  positions written per forward pass, ranked among themselves by entropy
-    temperature      0 is greedy.  Above 0 tokens are sampled, but positions are not.
-    block_length     finish a block of positions before the next (semi-autoregressive, as LLaDA)
-    generator        seeds what is sampled; on the device of the prompt
+    temperature      0 is greedy.  Above 0, tokens are sampled, but positions are not.
+    block_length     finish a block of positions before the next (semi-autoregressive, as in LLaDA)
+    generator        seeds the sampling; it must be on the device of the prompt
     given            (B, N) int64, for infilling: tokens that stay, and mask_id where to decode
     Dropout must be off: call eval().  A row of `given` without mask_id is returned as it is."""
     shape = (len(prompt), response_length)
     block_length = response_length if block_length is None else block_length
     check_decoding(mask_id, response_length, tokens_per_step, block_length, temperature)
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
-    masked = response == mask_id                 # from here on tracked, not read off the tokens
+    masked = response == mask_id                 # updated below, not read from the tokens again
     written_at = prompt.new_full(shape, -1)
-    Trajectories(prompt, response, written_at)   # are all shapes and dtypes right?
+    Trajectories(prompt, response, written_at)   # raises if a shape or dtype is wrong
     entropy_then = prompt.new_zeros(shape, dtype=torch.float32)
     block = torch.arange(response_length, device=prompt.device) // block_length    # (N,)
     for step in range(response_length):
@@ -220,23 +217,25 @@ def pick_tokens(logits, temperature, generator):
     return (below_best / temperature).softmax(-1).multinomial(1, generator=generator).squeeze(1)
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# Boltzmann: let P(state) be proportional to exp(-beta E), beta > 0, where E is the sum of the
-# entropies h that its tokens had just before they were written.  At a cut, take hidden positions r
-# and s: P(with r written next) / P(with s) = exp(-beta (h(r) - h(s))).  If r was written before s,
-# r should be the likelier next one: h(r) < h(s), for any beta (Lemma 1); by a margin, says Eq. 8.
-# Is it circular, since entropy made the order?  Only for the next token: it was the surest here.
-# Later ones were chosen with more visible; here the model must foresee that choice.
+# In a right answer, position r was written before s.  To repeat this, the model must prefer r at
+# each cut that hides both.  It prefers low entropy h.  So Eq. 8 asks for h(r) < h(s), by a margin.
+# Why Boltzmann?  Let P(state) = exp(-beta E) / Z, where E sums the entropies that the tokens had
+# just before they were written.  Of two next states, the one that adds r is likelier than the one
+# that adds s if and only if h(r) < h(s), for any beta > 0 (Lemma 1).
+# Low entropy made the order.  Is this circular?  No: answers are sampled, so orders differ, and we
+# keep right answers only.  And at a cut, only the next token is the surest by construction; that
+# the later ones will follow in this order, the model must foresee.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
     h = entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma) nats.
-    A pair (r, s) has r written before s; a row without a pair counts 0.  Returns loss and
-    pair_accuracy, the detached share of pairs with h(r) < h(s); chance is 0.5.
+    In a pair (r, s), r was written before s.  A row without a pair counts as 0.  Returns the loss
+    and pair_accuracy, the detached share of pairs with h(r) < h(s).  Chance is 0.5.
     The gradient pushes h(r) down and h(s) up in each pair that is not yet a margin apart."""
     require(entropy.shape == decode_rank.shape == window.shape and window.dtype == torch.bool
             and len(entropy) > 0, "entropy, decode_rank and a bool window must be (B, N), B > 0.")
     require_amount("margin", margin)
-    front = decode_rank.masked_fill(~window, 2 ** 62).argsort(1)[:, :window.sum(1).max()]
+    front = decode_rank.masked_fill(~window, 2 ** 62).argsort(1)[:, :window.sum(1).max()]  # W of N
     h, rank, inside = (x.gather(1, front) for x in (entropy, decode_rank, window))     # (B, W)
     pairs = inside[:, :, None] & inside[:, None, :]                      # (B, W, W)
     pairs &= rank[:, :, None] < rank[:, None, :]                         # pairs[b, earlier, later]
@@ -252,8 +251,8 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
                n_visible=None):
     """Eq. 9: cross-entropy of the window + rank_weight (lambda) * its ranking loss, averaged over
     rows -> loss, metrics.  With rank_weight = 0 it is trajectory masking.
-    window_size (paper: 32 of 256 tokens); margin in nats (paper: 0.1 to 0.3); rank_weight (1 or 2);
-    n_visible (B,): the cut, below n; else drawn.  With k tokens per step: multiples of k."""
+    Paper: window_size 32 of 256 tokens, margin 0.1 to 0.3 nats, rank_weight 1 or 2.  n_visible (B,)
+    sets the cuts (below n), else they are drawn.  With k tokens per step, pass multiples of k."""
     check_loss(window_size, margin, rank_weight)
     if n_visible is None:
         n_visible = draw_below(trajectories.n_decoded, generator)
@@ -271,7 +270,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
     """Eq. 1, the negative evidence lower bound per token: mean of -log p over a row's 1 to n hidden
-    positions, then of rows.  Without an order: from_steps(prompt, text, torch.zeros_like(text))"""
+    positions, then over rows.  For plain text: from_steps(prompt, text, torch.zeros_like(text))"""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
     log_p = predict(model, trajectories, masked, masked, mask_id)        # (K, V)
@@ -359,16 +358,15 @@ except ModuleNotFoundError:      # this file was copied alone: all but the demo 
 
 @torch.no_grad()
 def replay(model, trajectories, *, mask_id):
-    """Yield masked and entropy (0 elsewhere), (B, N) each, of the states with 0 .. N-1 writes."""
+    """Yield masked and entropy, (B, N) each, after 0 .. N-1 writes.  Unmasked entropies are 0."""
     for n_visible in range(trajectories.response.shape[1]):
         masked, _ = cut(trajectories.decode_rank, n_visible)
         logits = ask(model, trajectories.prompt, trajectories.response, masked, masked, mask_id)
         yield masked, scatter(predictive_entropy(logits), masked)
 
 def discrimination_score(states):
-    """Eq. 11 -> nats squared: over states, (masked, entropy) as from `replay`, with two masked
-    positions or more, the mean of Eq. 10, the population variance of their entropies.  It tells how
-    far easy and hard are apart: 0 if the model is equally unsure of every position."""
+    """Eq. 11, in nats squared: the mean of Eq. 10 over states with two or more masked positions.
+    Eq. 10 is the population variance of a state's entropies.  states: as `replay` yields them."""
     scores = []
     for masked, entropy in states:
         mean = row_mean(entropy[masked], masked)[:, None]
@@ -376,15 +374,14 @@ def discrimination_score(states):
         scores.append(variance[masked.sum(1) >= 2])
     return torch.cat(scores).mean()                                      # Eq. 11
 
-# == 9. The rivals =================================================================================
-# Not in the default demo, unlike `nelbo_loss`: SFT-GT (ground truth), SFT-SD (self-distilled).
+# == 9. The rivals: two more losses for kept answers, which `--arms dInfer T3D` runs ===============
 
 def dinfer_loss(model, trajectories, *, mask_id, generator=None):
-    """dInfer (arXiv 2510.08666): show a state, supervise all that is written until a later one.
-    Both cuts are drawn from 0 .. n, every pair of different ones equally likely."""
+    """dInfer (arXiv 2510.08666): show a state and learn all that was written until a later state.
+    Both cuts are drawn from 0 .. n.  All pairs of different cuts are equally likely."""
     n = trajectories.n_decoded
     first = draw_below(n + 1, generator)
-    second = (first + 1 + draw_below(n, generator)) % (n + 1)            # any number but `first`
+    second = (first + 1 + draw_below(n, generator)) % (n + 1)            # any but `first`
     masked, _ = cut(trajectories.decode_rank, torch.minimum(first, second))
     between = masked & (trajectories.decode_rank < torch.maximum(first, second)[:, None])
     log_p = predict(model, trajectories, masked, between, mask_id)       # (K, V)
@@ -392,9 +389,9 @@ def dinfer_loss(model, trajectories, *, mask_id, generator=None):
     return loss, {"nll": loss.detach()}
 
 def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, b=0.1, c=0.2):
-    """T3D (arXiv 2602.12262): raise log p of the recorded tokens x0 against a reference, a
-    `LaggedCopy`; lower that of y^, the reference's likeliest; learn x0, with weights from 1 for the
-    next token to 1/n_masked for the last (L_path).  With l(y) = mean log p(y) of what a cut hides:
+    """T3D (arXiv 2602.12262).  Relative to a reference (a `LaggedCopy`), raise log p of the
+    recorded tokens x0, and lower that of y^, the reference's likeliest tokens.  Also learn x0 with
+    weights from 1 (next) to 1/n_masked (last): L_path.  With l(y) = mean log p(y) of hidden tokens:
     L = -log sigma(b [l(x0) - l_ref(x0)]) - a log(1 - sigma(b [l(y^) - l_ref(y^)])) + c L_path."""
     rank, n = trajectories.decode_rank, trajectories.n_decoded
     masked, _ = cut(rank, draw_below(n, generator))
@@ -404,7 +401,6 @@ def t3d_loss(model, trajectories, *, mask_id, generator=None, reference, a=0.5, 
 
     def log_ratio(y):                                                    # l(y) - l_ref(y), (B,)
         return row_mean(token_nll(log_p_ref, y) - token_nll(log_p, y), masked)
-
     x_0, rejected = trajectories.response[masked], log_p_ref.argmax(-1)  # rejected: y^
     log_sigma = nn.functional.logsigmoid
     preference = -log_sigma(b * log_ratio(x_0)) - a * log_sigma(-b * log_ratio(rejected))
@@ -426,24 +422,25 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# An arm is a way of training.  The toy: in pick, 47 x (digits 5 to 8) asks for a factor of such
-# digits (c = 4 to choose from); the model writes 3995 85 235 376: product, factor, working.  In mul
-# the factor is given; add adds.  Arms train on pick; mul and add show what is forgotten.
+# An arm is a way to train: SFT as usual, on given solutions (GT: ground truth) or own answers (SD:
+# self-distilled), or another loss.  In pick, the model gets 41 and the digits 4 to 6, chooses a
+# factor with such digits, say 54, and writes product, factor, 41 x 4, 41 x 5: 2214 54 164 205.  In
+# mul the factor is given; add is sums.  Arms train on pick; mul and add show what is forgotten.
 @dataclass(frozen=True)
 class Settings:
-    learning_rate: float = 2e-5       # as in the paper, but of all weights (paper: LoRA, r = 16)
+    learning_rate: float = 2e-5       # as in the paper, but for all weights (paper: LoRA, r = 16)
     batch_size: int = 32              # as in the paper
     epochs: int = 5                   # as in the paper
     window_size: int = 4              # W, of 12 tokens (paper: 32 of 256)
     margin: float = 1.0               # gamma, nats; chosen on validation (paper: 0.1 to 0.3)
     rank_weight: float = 1.0          # lambda (paper: 1 and 2)
-    style: str = "other"              # of given solutions: "other" swaps units and tens
-    pretrain_updates: int = 4500      # then nearly all is right in the best order
+    style: str = "other"              # format of given solutions: "own" is the base's format
+    pretrain_updates: int = 4500      # after that, nearly all answers are right in the best order
     queries: int = 16_000             # to answer, each prompt several times (paper: 12-17K, once)
-    temperature: float = 1.0          # of these answers; makes orders differ, too (paper: low)
+    temperature: float = 1.0          # for these answers; also makes orders differ (paper: low)
     keep: str = "right"               # what the checker accepts; "all" keeps every answer
-    test_problems: int = 400          # each of mul and add; of pick, 0.4 times this for each c
-    split: str = "test"               # "validation" when something is chosen by the figures
+    test_problems: int = 400          # for mul and add each; pick has 0.4 times this for each c
+    split: str = "test"               # use "validation" to choose something by the figures
 
 WORDS = {"style": ("other", "own"), "keep": ("right", "all"), "split": ("test", "validation")}
 QUICK = ("pretrain_updates=60", "queries=100", "keep=all", "epochs=1", "test_problems=10")
@@ -477,14 +474,13 @@ def configure(assignments, settings=Settings(), names=tuple(vars(Settings()))):
     return replace(settings, **values)
 
 def read_arm(name, settings):
-    """"TABOM:margin=0.2" -> its line in ARMS, its settings; what stands in the name wins."""
+    """"TABOM:margin=0.2" -> its line in ARMS and its settings; settings in the name win."""
     arm, _, own = name.partition(":")
     require(arm in ARMS, f"{arm!r} is not an arm, only {', '.join(ARMS)}.")
     names = ["learning_rate", "batch_size", "epochs", *ARMS[arm][2]] if ARMS[arm][1] else []
     return ARMS[arm], configure(own.split(",") if own else [], settings, names)
 
 # == 11. The denoiser ==============================================================================
-
 class Denoiser(nn.Module):
     """A bidirectional transformer: (B, L+N) -> (B, L+N, V).  [MASK] is token V, an input only."""
     def __init__(self, vocabulary_size, length, layers=3, width=96, heads=4):
@@ -509,7 +505,7 @@ say = partial(print, flush=True)
 PURPOSES = ("batches", "masks", "collect", "data", "evaluate")
 
 def random_stream(seed, purpose, device="cpu"):
-    """A generator for each (seed, purpose): one never shifts another, so arms are paired."""
+    """A generator for each (seed, purpose), so that all arms get the same draws."""
     return torch.Generator(device).manual_seed(len(PURPOSES) * seed + PURPOSES.index(purpose))
 
 @nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)      # the quickest for short rows on a CPU
@@ -550,8 +546,8 @@ def pretrain(corpus, odds, updates, seed):
     return model
 
 def fine_tune(name, base, kept, queries, settings, seed):
-    """A copy of the base that has learned what an arm learns: AdamW, warm-up, cosine decay, as in
-    the paper, and for each arm as many updates as `epochs` passes over the kept answers take."""
+    """A copy of the base, trained as an arm says.  AdamW, warm-up and cosine decay are as in the
+    paper.  Every arm gets as many updates as `epochs` passes over the kept answers take."""
     (source, loss_fn, names), own = read_arm(name, settings)
     model = copy.deepcopy(base)
     if loss_fn is None:
@@ -572,9 +568,8 @@ def fine_tune(name, base, kept, queries, settings, seed):
     return model
 
 # == 13. Answer, check, measure ====================================================================
-
 def solved(rows):
-    """Rows as Trajectories that nobody decoded: their ranks count from the left."""
+    """Rows as Trajectories.  No model decoded them, so their ranks count from the left."""
     return from_steps(*toy.prompt_and_response(rows), torch.where(toy.is_given(rows), -1, 0))
 
 def rows_of(trajectories):
@@ -594,7 +589,6 @@ def evaluate(model, tests, seed):
         return 100 * right.float().mean().item()
     def sampling():                              # the same draws each time
         return {"temperature": 1.0, "generator": random_stream(seed, "evaluate", pick.device)}
-
     choosing = pick[toy.n_choices(pick) > 1]
     some = toy.first_of_each(choosing, 20).repeat_interleave(16, 0)
     answers, right = answer(model, pick)
@@ -602,7 +596,7 @@ def evaluate(model, tests, seed):
     best = answer(model, choosing, order=toy.best_order)[1]
     best_sampled = answer(model, choosing, order=toy.best_order, **sampling())[1]
     by_c = toy.by_choices(pick, right)
-    states = replay(model, answers[::4], mask_id=toy.MASK_ID)            # of each fourth answer
+    states = replay(model, answers[::4], mask_id=toy.MASK_ID)            # every fourth answer
     return {"own order": by_c.pop("2-5"), "sampled": percent(sampled),
             "best order": percent(best), "best order, sampled": percent(best_sampled),
             **{domain: percent(answer(model, tests[domain])[1]) for domain in ("mul", "add")},
@@ -611,27 +605,34 @@ def evaluate(model, tests, seed):
             "TDS": discrimination_score(states).item(), "by c": by_c}, answers, right
 
 # == 14. The demo, in five parts ===================================================================
+DIFFERENCES = {  # of two arms in own order, and what they show
+    ("TABOM", "No-SFT"): "all", ("masking", "SFT-SD"): "recorded cuts",
+    ("TABOM", "masking"): "ranking, margin chosen on validation",
+    ("TABOM:margin=0.2", "masking"): "ranking, the paper's margin",
+    ("TABOM", "shuffled"): "recorded instead of random ranks"}
 
 def compare(runs):
-    """[{arm: figures} of each seed] -> the table of means; gain: over the base, in own order."""
+    """[{arm: figures}, one per seed] -> the table of means, and differences in own order."""
     means = {arm: [sum(run[arm][name] for run in runs) / len(runs) for name in toy.FIGURES]
              for arm in runs[0]}
-    lines = [[arm, f"{row[0] - means['No-SFT'][0]:+.1f}", *row[:-1], f"{row[-1]:.3f}"]
-             for arm, row in means.items()]
-    return toy.table([["", "gain", *toy.FIGURES], *lines])
+    lines = [[arm, *row[:-1], f"{row[-1]:.3f}"] for arm, row in means.items()]
+    differences = [[f"{what}: {a} minus {b}", f"{means[a][0] - means[b][0]:+.1f}"]
+                   for (a, b), what in DIFFERENCES.items() if a in means and b in means]
+    return (toy.table([["", *toy.FIGURES], *lines]) + "\n\n"
+            + toy.table([["Differences in own order:", ""], *differences]))
 
 def film(pick, base, tuned):
-    """How two models, each (model, answers, right), wrote one of the answers that were judged."""
+    """How two models, each (model, answers, right), answered one of the prompts."""
     (_, before, base_right), (_, after, tuned_right) = base, tuned
     only_tuned = tuned_right & ~base_right
     if not only_tuned.any():
         return "There is no prompt that TABOM gets right and the base does not."
-    forward = ((before.decode_rank - after.decode_rank) * toy.is_factor(pick)).sum(1)
-    row = forward.where(only_tuned, -99).argmax()
+    waits = (after.decode_rank - before.decode_rank).amax(1)
+    row = waits.where(only_tuned, -99).argmax()
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return ("Right only with TABOM, and picked: here f, the factor, moved earlier the most.\n"
+    return (f"Right only with TABOM. It waits longest here: with one digit {waits[row]} steps.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -642,23 +643,23 @@ def run_seed(seed, arms, settings, device, made_by, folder):
              "mul": parts["mul"][:count].to(device), "add": parts["add"][:count].to(device)}
     run = {"seed": seed, "settings": vars(settings), "made by": made_by, "arms": {}}
 
-    say(f"\nPart 1, seed {seed}: pretrain. nll: cross-entropy, first quarter of updates -> last.")
+    say(f"\nPart 1, seed {seed}: pretrain. nll: cross-entropy, first -> last quarter of updates.")
     base = pretrain(corpus.to(device), odds, settings.pretrain_updates, seed)
     store(folder, f"seed-{seed}-base.pt", base.state_dict())
 
-    say("\nPart 2: why order matters. In pick, 41 x (digits 4 to 5) asks for a factor with such\n"
-        "    digits, and the product. Percent right by c, the number of digits to choose from.\n"
-        "    own: surest first; best: factor first. gap: factor's entropy minus the lowest other.")
+    say("\nPart 2: why order matters. 41 x (digits 4 to 6) asks for a factor and the product,\n"
+        "    whose first digit often looks surer. Percent right by c, how many digits there are.\n"
+        "    own: surest first; best: factor first. gap: nats by which others look surer.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
             for name, order in orders.items()}
     _, entropy = next(replay(base, solved(pick), mask_id=toy.MASK_ID))   # at the start
     gap = toy.by_choices(pick, toy.entropy_gap(pick, entropy))
-    say(toy.table([["order", *gap], *([name, *right.values()] for name, right in by_c.items()),
+    say(toy.table([["c =", *gap], *([name, *right.values()] for name, right in by_c.items()),
                    ["gap", *(f"{nats:.2f}" for nats in gap.values())]]))
 
-    say("\nPart 3: record, check, keep. The base answers queries of pick, its tokens sampled.")
+    say("\nPart 3: record, check, keep. The base answers queries of pick with sampled tokens.")
     queries = problems["query"]["pick"].to(device)
     queries = queries[torch.arange(settings.queries, device=device) % len(queries)]
     rollouts, right = answer(base, queries, temperature=settings.temperature,
@@ -667,12 +668,13 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
-    say("\nPart 4: fine-tune copies of the base. Compare the rank_loss of TABOM with masking's.\n\n"
-        "    SFT-GT    given solutions in another format (style=own: the base's), random blanks\n"
-        "    SFT-SD    the base's own right answers, random blanks\n"
-        "    masking   the same; hides what came after a moment, learns what came next\n"
-        "    TABOM     masking and ranking: what came earlier should have lower entropy\n"
-        "    shuffled  TABOM with random orders\n")
+    say("\nPart 4: fine-tune copies of the base. rank_loss: Eq. 8. pair_accuracy: pairs in\n"
+        "    recorded order, at first most, as it is the base's. Compare TABOM with masking.\n\n"
+        "    SFT-GT    hides random tokens of given solutions (in the base's format: style=own)\n"
+        "    SFT-SD    hides random tokens of the kept answers\n"
+        "    masking   hides what was written after a random moment, and learns the next tokens\n"
+        "    TABOM     as masking, and ranks: tokens written earlier should have lower entropy\n"
+        "    shuffled  as TABOM, with random ranks: random cuts, too\n")
     judged = {}
     for name, (_, own) in arms.items():
         model = fine_tune(name, base, kept, queries, settings, seed)
@@ -683,8 +685,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. gain: own order minus the base's. TABOM minus masking: what ranking\n"
-        "    does; masking minus SFT-SD: recorded cuts and the window. 5 points may be noise.\n")
+    say("\nPart 5: compare. A difference below 5 points may be noise.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:
@@ -692,9 +693,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     return run["arms"]
 
 # == 15. The command line ==========================================================================
-
 def store(folder, name, content):
-    """Write a .json or .pt under another name, then rename it: what has its name is complete."""
+    """Write a .json or .pt under another name, then rename it.  So `name` is always complete."""
     if folder:
         unfinished = folder / f".{name}"
         try:
@@ -729,14 +729,14 @@ def demo(options):
         say(f"\nMeans over the seeds {options.seeds}\n\n" + compare(runs))
 
 def main(arguments):
-    """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line -> exit code: 0, 2 for errors the user can fix, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="tabom.py", description="TABOM on synthetic arithmetic, beside other arms.",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"arms: {', '.join(ARMS)}\n\n"
         "settings, with defaults and reasons:\n" + inspect.getsource(Settings).split(":\n", 1)[1])
     add = parser.add_argument
     add("--demo", action="store_true", required=True, help="run all five parts")
-    add("--quick", action="store_true", help="in a minute, only to see that it runs")
+    add("--quick", action="store_true", help="takes a minute; shows only that the demo runs")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     add("--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help="rows of the table, each a "
         f"name or NAME:setting=value,..; default: {' '.join(DEFAULT_ARMS)}")
@@ -752,7 +752,7 @@ def main(arguments):
         print(f"tabom.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntabom.py: stopped; what stands in --out is whole.", file=sys.stderr)
+        print("\ntabom.py: stopped; every file in --out is complete.", file=sys.stderr)
         return 130
     return 0
 

@@ -3,15 +3,15 @@
 
 A problem is a row, 6 tokens of prompt and 12 of response, with [MASK] where the model is to write:
 
-            prompt    answer factor units tens     the working stands behind the answer
-    pick    47x58a    ____   __     ___   ___      47 times a number of your own choice, its digits
-                      3995   85     235   376      from 5 to 8: 47 x 5 = 235, 47 x 8 = 376
-    mul     47x..a    ____   85     ___   ___      the factor is given
-    add     47+..a    0132   85     012   012      7 + 5 = 12,  4 + 8 = 12
+            prompt    product factor units tens    units and tens are the working
+    pick    41x46a    ____    __     ___   ___     41 times a number of your own choice, its digits
+                      2214    54     164   205     from 4 to 6: 41 x 4 = 164, 41 x 5 = 205
+    mul     41x..a    ____    54     ___   ___     the factor is given
+    add     41+..a    0095    54     005   009     the sum; 1 + 4 = 5, 4 + 5 = 9
 The last token of a prompt names the layout of the four fields:
-    a  answer factor units tens      b  units tens factor answer      c  tens answer factor units
+    a  product factor units tens    b  units tens factor product    c  tens product factor units
 
-Why order matters in pick.  The working is easy once the factor stands there, the answer once the
+Why order matters in pick.  The working is easy once the factor stands there, the product once the
 working does, from its last digit.  The factor is a free choice: with c digits from lo to hi, log c
 nats a digit.  The leading digit of a product has few likely values, so it *looks* surer than the
 choice that it depends on.  Written first, it asks for a factor that fits, which is hard to find.
@@ -26,11 +26,11 @@ PROMPT_LENGTH, RESPONSE_LENGTH = 6, 12
 CHOICES = (1, 2, 3, 4, 5)           # c, the number of digits to choose from in pick
 CORPUS_SHARES = {"pick": 0.18, "mul": 0.70, "add": 0.12}                 # the hard ones need more
 # The columns of the fields in layout a, and for each layout the column that stands at a position.
-ANSWER, FACTOR, UNITS, TENS = range(0, 4), range(4, 6), range(6, 9), range(9, 12)
-LAYOUTS = torch.tensor([[*ANSWER, *FACTOR, *UNITS, *TENS], [*UNITS, *TENS, *FACTOR, *ANSWER],
-                        [*TENS, *ANSWER, *FACTOR, *UNITS]])
-# The place of each column in the best order: factor, working, answer; a number from its last digit.
-BEST_PLACE = torch.tensor([*FACTOR, *UNITS[::-1], *TENS[::-1], *ANSWER[::-1]]).argsort()
+PRODUCT, FACTOR, UNITS, TENS = range(0, 4), range(4, 6), range(6, 9), range(9, 12)
+LAYOUTS = torch.tensor([[*PRODUCT, *FACTOR, *UNITS, *TENS], [*UNITS, *TENS, *FACTOR, *PRODUCT],
+                        [*TENS, *PRODUCT, *FACTOR, *UNITS]])
+# The place of each column in the best order: factor, working, product; numbers from the right.
+BEST_PLACE = torch.tensor([*FACTOR, *UNITS[::-1], *TENS[::-1], *PRODUCT[::-1]]).argsort()
 
 # == Reading and writing rows ======================================================================
 
@@ -81,8 +81,8 @@ def solve(prompt, factor, style="own"):
     units = torch.where(is_add, first % 10 + factor % 10, first * (factor % 10))
     tens = torch.where(is_add, first // 10 + factor // 10, first * (factor // 10))
     units, tens = (tens, units) if style == "other" else (units, tens)
-    answer = torch.where(is_add, first + factor, first * factor)
-    in_layout_a = torch.cat([digits(answer, 4), digits(factor, 2), digits(units, 3),
+    product = torch.where(is_add, first + factor, first * factor)
+    in_layout_a = torch.cat([digits(product, 4), digits(factor, 2), digits(units, 3),
                              digits(tens, 3)], 1)
     return torch.cat([prompt, in_layout_a.gather(1, columns_of(prompt))], 1)
 
@@ -114,7 +114,7 @@ def given_solutions(prompt, style, generator):
     return solve(prompt, read_number(chosen), style)
 
 def best_order(logits, tokens, candidates):
-    """An order for `decode`: factor, working, answer, wherever the layout puts them."""
+    """An order for `decode`: factor, working, product, wherever the layout puts them."""
     return BEST_PLACE.to(tokens.device)[columns_of(tokens)][candidates]
 
 # == Who learns what: corpus, queries, validation, test ============================================
@@ -123,7 +123,7 @@ def split_problems(seed):
     """-> corpus (n, 18) of solved rows, odds (n,) of drawing each, and problems (n, 18):
     {"query": {domain: ..}, "validation": {domain: ..}, "test": {domain: ..}}.
 
-    First numbers are 10 to 69, to be learned soon.  A prompt of pick is in one part only.  One pair
+    First numbers are 10 to 69: quick to learn.  A prompt of pick is in one part only.  One pair
     of numbers in eight, in both orders, is in no part of the corpus, not even inside pick: these
     are the problems of mul and add.  What an arm learns for queries may contain their products."""
     generator = torch.Generator().manual_seed(seed)

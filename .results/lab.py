@@ -247,17 +247,28 @@ def pass_at(model, pick, seed, prompts=40, samples=16):
         for k in (1, 4, 16)}
 
 def why(model, pick, answers):
-    """When the first digit of the factor is written (0: first of all), and the entropy gap before
-    any write and after three."""
+    """When the first digit of the factor is written (0: first of all); where answers go wrong, by
+    a digit of the factor or by another one; the entropy gap before any write, after three."""
     chooses = toy.n_choices(pick) > 1
     pick, answers = pick[chooses], answers[chooses]
-    rank = answers.decode_rank.masked_fill(~toy.is_factor(pick), 99).amin(1)
-    found = {"turn of the factor": rank.float().mean().item()}
+    rank, is_factor = answers.decode_rank, toy.is_factor(pick)
+    found = {"turn of the factor": rank.masked_fill(~is_factor, 99).amin(1).float().mean().item()}
+    wrong = rank == torch.tensor([*map(last_hope, tabom.rows_of(answers), rank)])[:, None] - 1
+    for place, positions in (("factor", is_factor), ("other", ~is_factor)):
+        found[f"wrong by {place}"] = toy.by_choices(pick, (wrong & positions).any(1))["2-5"]
     states = tabom.replay(model, answers, mask_id=toy.MASK_ID)
     for n_visible, (masked, entropy) in itertools.islice(enumerate(states), 0, 4, 3):
         gap = toy.entropy_gap(pick, entropy.masked_fill(~masked, torch.inf))
         found[f"gap after {n_visible}"] = gap[gap.isfinite()].mean().item()
     return found
+
+def last_hope(row, rank):
+    """After how many writes of an answer (18,), rank (12,), no right one is in reach; 13: none."""
+    solved = torch.cat([toy.solve(row.expand(89, -1), torch.arange(11, 100), style)
+                        for style in ("own", "other")])
+    right = solved[toy.is_correct(solved)]
+    fits = (right == row)[:, toy.PROMPT_LENGTH:]
+    return next((n for n in range(1, 13) if not (fits | (rank >= n)).all(1).any()), 13)
 
 def by_table(table):
     """An order for `decode` that writes by a number for each layout (3) and position (12)."""

@@ -26,14 +26,16 @@ WHY = {"own order": "own order", "base writes, arm says where": "base writes in 
        "arm writes, base says where": "writes in the base's order",
        "by confidence": "by confidence", "turn of the factor": "turn of the factor",
        "gap before any write": "gap after 0", "gap after 3 writes": "gap after 3"}
+WRONG = {"a digit of the factor": "wrong by factor", "another digit": "wrong by other"}
 SHORT = ("own order", "best order", "best order, sampled", "mul")
 FRONT = {"the base": "No-SFT",
-         "SFT-GT, solutions in another format": "SFT-GT",
-         "SFT-GT, learning rate 1e-6 (others: 2e-5)": at("SFT-GT", lab.TUNED),
-         "SFT-SD": "SFT-SD", "T3D": "T3D", "masking": "masking",
+         "SFT-GT: SFT on given solutions, tens before units": "SFT-GT",
+         "SFT-SD: SFT on its own right answers": "SFT-SD",
+         "T3D on its own right answers": "T3D",
+         "trajectory masking on its own right answers": "masking",
          "**TABOM**: masking and ranking, the paper's margin": "TABOM:margin=0.2",
-         "**TABOM**, margin 1 nat": "TABOM",
-         "the base, in a fixed order (see below)": "contrast prior"}
+         "**TABOM** with a margin of 1 nat": "TABOM",
+         "the base in a fixed order, no training": "contrast prior"}
 
 def markdown(lines):
     head, *rows = [[str(cell) for cell in line] for line in lines]
@@ -45,9 +47,9 @@ def short(rate):
 def among(found, seeds):
     return {seed: found[seed] for seed in seeds if seed in found}
 
-def mean_of(found, arm, figure):
+def mean_of(found, arm, figure, digits=1):
     values = over_seeds(found, {arm: 1}, figure)
-    digits = 3 if figure == "TDS" else 2 if figure.startswith("gap") else 1
+    digits = 3 if figure == "TDS" else 2 if figure.startswith("gap") else digits
     return f"{statistics.mean(values):.{digits}f}" if values else ""
 
 def change(found, arm, other="No-SFT", figure="own order"):
@@ -91,8 +93,8 @@ def tables(folder):
 
     return {
         "Front page": table_of_arms(ten, FRONT, {
-            "best order": "best order", "best order, sampled": "best order, sampled",
-            "`mul`": "mul"}),
+            "lost by factor": "wrong by factor", "by guess": "wrong by other",
+            "best order": "best order", "`mul`": "mul"}),
         "Arms": table_of_arms(ten, same(GROUPS["core"] + GROUPS["sweeps"]), COLUMNS, "seeds"),
         "Claims": by_claim(lab.judge(ten, claims)),
         "Rates": markdown([["", *map(short, RATES)], *(
@@ -103,8 +105,10 @@ def tables(folder):
         "Orders": grid(ten, ["percent right"], (
             "own", "confidence", "right to left", "random", *(f"blocks of {n}" for n in lab.BLOCKS),
             "prior", "contrast prior", "best"), lambda _, order: (order, "own order")),
-        "Why": grid(four, ("No-SFT", "TABOM", "T3D", "SFT-SD", "masking", "SFT-GT",
-                               at("SFT-GT", lab.TUNED)), WHY, lambda arm, name: (arm, WHY[name]))}
+        "Wrong": grid(ten, WRONG, ("No-SFT", "masking", "SFT-SD", "T3D", "TABOM:margin=0.2",
+                                   "TABOM"), lambda row, arm: (arm, WRONG[row])),
+        "Why": grid(four, ("No-SFT", "TABOM", "T3D", "SFT-SD", "masking", "SFT-GT"), WHY,
+                    lambda arm, name: (arm, WHY[name]))}
 
 # == The rates =====================================================================================
 
@@ -185,23 +189,6 @@ STYLE = """
   .shade { fill: #4493f8 } .new { stroke: #f0883e } .bad { fill: #ff7b72 } .good { fill: #56d364 } }
 """
 
-def solutions(problem):
-    """Every right answer to a prompt of pick, (n, 12), in both styles."""
-    low, high = problem[3].item(), problem[4].item()
-    digit = torch.arange(low, high + 1)
-    factors = (10 * digit[:, None] + digit).flatten()
-    prompts = problem.repeat(len(factors), 1)
-    return torch.cat([toy.solve(prompts, factors, style)[:, toy.PROMPT_LENGTH:]
-                      for style in ("own", "other")])
-
-def last_hope(problem, response, rank):
-    """After how many writes no right answer is left; None if this one is right."""
-    right = solutions(problem)
-    for n_visible in range(1, len(response) + 1):
-        if not (right == response)[:, rank < n_visible].all(1).any():
-            return n_visible
-    return None
-
 def text(x, y, words, kind=""):
     return f'<text class="{kind}" x="{x:g}" y="{y:g}">{words}</text>'
 
@@ -220,7 +207,7 @@ def panel(left, title, problem, response, rank, entropies):
         own = [x for x, its_name in zip(places, names) if its_name == name]
         still.append(text((own[0] + own[-1] + CELL) / 2, TOP - 8, word, "small faint"))
     still += [text(centre, 52, title), *(square("cell", x) for x in places)]
-    lost, states = last_hope(problem, response, rank), []
+    lost, states = lab.last_hope(torch.cat([problem, response]), rank), []
     for n_visible in range(13):
         shown = []
         for i, x in enumerate(places):
@@ -233,7 +220,7 @@ def panel(left, title, problem, response, rank, entropies):
                 shown.append(text(middle, TOP + 21, f"{nats:.2f}", "small"))
             if rank[i] == n_visible - 1:
                 shown.append(square("new", x, 2))
-        if lost and n_visible >= lost:
+        if n_visible >= lost:
             words = f"no right answer is possible after step {lost}"
             shown.append(text(centre, TOP + 58, words, "small bad"))
         elif n_visible == 12:
@@ -271,13 +258,13 @@ def draw_film(folder, number):
     models = (seed.base, lab.fine_tune("TABOM", seed))
     judged = [(model, *tabom.answer(model, pick)) for model in models]
     (_, base, base_right), (_, tuned, tuned_right) = judged
-    forward = ((base.decode_rank - tuned.decode_rank) * toy.is_factor(pick)).sum(1)
-    row = forward.where(tuned_right & ~base_right, -99).argmax()         # as the demo chooses
+    waits = (tuned.decode_rank - base.decode_rank).amax(1)
+    row = waits.where(tuned_right & ~base_right, -99).argmax()           # as the demo chooses
     for title, (model, answers, _) in zip(("the base", "after TABOM"), judged):
         states = tabom.replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)
         panels.append((title, answers.response[row], answers.decode_rank[row],
                        [entropy[0] for _, entropy in states]))
-    (folder / "film.svg").write_text(picture(pick[row], panels))
+    (folder / "film.svg").write_text(picture(pick[row, :toy.PROMPT_LENGTH], panels))
     (folder / "film.txt").write_text(tabom.film(pick, *judged) + "\n")
 
 if __name__ == "__main__":
