@@ -72,8 +72,8 @@ class Trajectories:
         return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
 
     def only(self, keep):
-        """Neither train nor rank where keep (B, N) bool is False.  There, response stays visible:
-        padding tells an answer's length.  To hide it, first put mask_id there in the response."""
+        """Neither train nor rank where keep (B, N) bool is False.  The response stays visible:
+        padding gives away an answer's length.  To hide it, too, first write mask_id there."""
         return from_steps(self.prompt, self.response, self.decode_rank.masked_fill(~keep, -1))
 
     @property
@@ -110,7 +110,7 @@ def draw_below(limit, generator):
     require((limit > 0).all(), "in some row nothing was decoded: use data[data.n_decoded > 0].")
     part = torch.randperm(len(limit), generator=generator, device=limit.device)
     within = torch.rand(len(limit), generator=generator, device=limit.device, dtype=torch.float32)
-    return ((part + within) / len(limit) * limit).long().minimum(limit - 1)  # rounding up
+    return ((part + within) / len(limit) * limit).long().minimum(limit - 1)  # round-off
 
 def scatter(values, chosen, elsewhere=0.0):
     """(K,) values of the chosen (B, N) positions -> (B, N)."""
@@ -186,7 +186,7 @@ def decode(model, prompt, response_length, *, mask_id, order=by_entropy, tokens_
     block_length = response_length if block_length is None else block_length
     check_decoding(mask_id, response_length, tokens_per_step, block_length, temperature)
     response = prompt.new_full(shape, mask_id) if given is None else given.clone()
-    masked = response == mask_id                 # updated below, not read from the tokens again
+    masked = response == mask_id
     written_at = prompt.new_full(shape, -1)
     Trajectories(prompt, response, written_at)   # raises if a shape or dtype is wrong
     entropy_then = prompt.new_zeros(shape, dtype=torch.float32)
@@ -217,25 +217,25 @@ def pick_tokens(logits, temperature, generator):
     return (below_best / temperature).softmax(-1).multinomial(1, generator=generator).squeeze(1)
 
 # == 4. The ranking loss (Eq. 7-8) =================================================================
-# In a right answer, position r was written before s.  To repeat this, the model must prefer r at
+# In a right answer, position r was written before s.  The model will repeat this if it prefers r at
 # each cut that hides both.  It prefers low entropy h.  So Eq. 8 asks for h(r) < h(s), by a margin.
-# Why Boltzmann?  Let P(state) = exp(-beta E) / Z, where E sums the entropies that the tokens had
-# just before they were written.  Of two next states, the one that adds r is likelier than the one
-# that adds s if and only if h(r) < h(s), for any beta > 0 (Lemma 1).
-# Low entropy made the order.  Is this circular?  No: answers are sampled, so orders differ, and we
-# keep right answers only.  And at a cut, only the next token is the surest by construction; that
-# the later ones will follow in this order, the model must foresee.
+# The name: let P(state) = exp(-beta E) / Z, where E sums the entropies at which its tokens were
+# written.  Then the next state with the lower h is the likelier one, for any beta > 0 (Lemma 1).
+# Low entropy made the order.  Is this circular?  No.  Tokens are sampled, so orders differ, and we
+# keep those of right answers.  And at a cut, only the next token is the surest by construction.
+# The others became the surest later, when more was visible: the model must foresee that.
 
 def pairwise_rank_loss(entropy, decode_rank, window, margin):
     """Eq. 8: mean over the window's pairs of max(0, h(r) - h(s) + margin), then over rows.
     h = entropy (B, N) nats; decode_rank (B, N); window (B, N) bool; margin (gamma) nats.
     In a pair (r, s), r was written before s.  A row without a pair counts as 0.  Returns the loss
     and pair_accuracy, the detached share of pairs with h(r) < h(s).  Chance is 0.5.
-    The gradient pushes h(r) down and h(s) up in each pair that is not yet a margin apart."""
+    In each pair not yet a margin apart, the gradient pushes h(r) down and h(s) up: s shall wait."""
     require(entropy.shape == decode_rank.shape == window.shape and window.dtype == torch.bool
             and len(entropy) > 0, "entropy, decode_rank and a bool window must be (B, N), B > 0.")
     require_amount("margin", margin)
-    front = decode_rank.masked_fill(~window, 2 ** 62).argsort(1)[:, :window.sum(1).max()]  # W of N
+    # Window positions to the front of each row, in recorded order: W x W pairs, not N x N.
+    front = decode_rank.masked_fill(~window, 2 ** 62).argsort(1)[:, :window.sum(1).max()]
     h, rank, inside = (x.gather(1, front) for x in (entropy, decode_rank, window))     # (B, W)
     pairs = inside[:, :, None] & inside[:, None, :]                      # (B, W, W)
     pairs &= rank[:, :, None] < rank[:, None, :]                         # pairs[b, earlier, later]
@@ -269,7 +269,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
 # Pretraining: cut a random order, learn all hidden tokens.
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
-    """Eq. 1, the negative evidence lower bound per token: mean of -log p over a row's 1 to n hidden
+    """Eq. 1, a bound on -log p(response) per token: the mean of -log p over a row's 1 to n hidden
     positions, then over rows.  For plain text: from_steps(prompt, text, torch.zeros_like(text))"""
     rank = shuffled(trajectories.decode_rank, generator)
     masked, _ = cut(rank, draw_below(trajectories.n_decoded, generator))
@@ -422,10 +422,10 @@ class LaggedCopy:
         return self.frozen(tokens)
 
 # == 10. Settings and arms =========================================================================
-# An arm is a way to train: SFT as usual, on given solutions (GT: ground truth) or own answers (SD:
-# self-distilled), or another loss.  In pick, the model gets 41 and the digits 4 to 6, chooses a
-# factor with such digits, say 54, and writes product, factor, 41 x 4, 41 x 5: 2214 54 164 205.  In
-# mul the factor is given; add is sums.  Arms train on pick; mul and add show what is forgotten.
+# An arm is a way to train.  SFT, the usual one, learns given solutions (GT: ground truth) or own
+# answers (SD: self-distilled).  The toy stands at the top of toy_data.py: pick asks for a factor
+# and its product; in mul the factor is given; add is sums.  Arms train on pick; mul and add show
+# what is forgotten.
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 2e-5       # as in the paper, but for all weights (paper: LoRA, r = 16)
@@ -474,7 +474,7 @@ def configure(assignments, settings=Settings(), names=tuple(vars(Settings()))):
     return replace(settings, **values)
 
 def read_arm(name, settings):
-    """"TABOM:margin=0.2" -> its line in ARMS and its settings; settings in the name win."""
+    """As in "TABOM:margin=0.2" -> its line in ARMS and its settings; settings in the name win."""
     arm, _, own = name.partition(":")
     require(arm in ARMS, f"{arm!r} is not an arm, only {', '.join(ARMS)}.")
     names = ["learning_rate", "batch_size", "epochs", *ARMS[arm][2]] if ARMS[arm][1] else []
@@ -606,10 +606,10 @@ def evaluate(model, tests, seed):
 
 # == 14. The demo, in five parts ===================================================================
 DIFFERENCES = {  # of two arms in own order, and what they show
-    ("TABOM", "No-SFT"): "all", ("masking", "SFT-SD"): "recorded cuts",
+    ("SFT-SD", "No-SFT"): "own right answers", ("masking", "SFT-SD"): "recorded cuts",
     ("TABOM", "masking"): "ranking, margin chosen on validation",
     ("TABOM:margin=0.2", "masking"): "ranking, the paper's margin",
-    ("TABOM", "shuffled"): "recorded instead of random ranks"}
+    ("TABOM", "No-SFT"): "all of TABOM"}
 
 def compare(runs):
     """[{arm: figures}, one per seed] -> the table of means, and differences in own order."""
@@ -632,7 +632,7 @@ def film(pick, base, tuned):
     pictures = [toy.draw_states(rows_of(answers)[row], answers.decode_rank[row], [
         entropy[0] for _, entropy in replay(model, answers[row:row + 1], mask_id=toy.MASK_ID)])
         for model, answers, _ in (base, tuned)]
-    return (f"Right only with TABOM. It waits longest here: with one digit {waits[row]} steps.\n"
+    return (f"Right only with TABOM. Longest wait: it writes one digit {waits[row]} steps later.\n"
             + toy.side_by_side(pick[row], *pictures))
 
 def run_seed(seed, arms, settings, device, made_by, folder):
@@ -647,9 +647,9 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     base = pretrain(corpus.to(device), odds, settings.pretrain_updates, seed)
     store(folder, f"seed-{seed}-base.pt", base.state_dict())
 
-    say("\nPart 2: why order matters. 41 x (digits 4 to 6) asks for a factor and the product,\n"
-        "    whose first digit often looks surer. Percent right by c, how many digits there are.\n"
-        "    own: surest first; best: factor first. gap: nats by which others look surer.")
+    say("\nPart 2: why order matters. 41 x (digits 4 to 6) asks for a factor with such digits.\n"
+        "    Percent right by c, the number of digits to choose from. own: surest first; best:\n"
+        "    factor first. gap: lowest entropy in the factor minus the lowest elsewhere.")
     pick = tests["pick"]
     orders = {"own": {}, "left to right": {"block_length": 1}, "best": {"order": toy.best_order}}
     by_c = {name: toy.by_choices(pick, answer(base, pick, **order)[1])
@@ -669,8 +669,8 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
     say("\nPart 4: fine-tune copies of the base. rank_loss: Eq. 8. pair_accuracy: pairs in\n"
-        "    recorded order, at first most, as it is the base's. Compare TABOM with masking.\n\n"
-        "    SFT-GT    hides random tokens of given solutions (in the base's format: style=own)\n"
+        "    recorded order. Cross-entropy alone (masking) wears it down; ranking resists.\n\n"
+        "    SFT-GT    hides random tokens of solutions in another format (style=own: the base's)\n"
         "    SFT-SD    hides random tokens of the kept answers\n"
         "    masking   hides what was written after a random moment, and learns the next tokens\n"
         "    TABOM     as masking, and ranks: tokens written earlier should have lower entropy\n"
@@ -685,7 +685,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
         if name == "TABOM":
             store(folder, f"seed-{seed}-TABOM.pt", model.state_dict())
 
-    say("\nPart 5: compare. A difference below 5 points may be noise.\n")
+    say("\nPart 5: compare. A difference below 5 points may be noise of the seed.\n")
     say("\n".join(f"    {name:20}{meaning}" for name, meaning in toy.FIGURES.items())
         + "\n\n" + compare([run["arms"]]))
     if "TABOM" in judged:

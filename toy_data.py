@@ -206,7 +206,7 @@ FIGURES = {                         # what is measured of a model, and what it t
     "own order": "percent of pick (c = 2 to 5) right if the model chooses what to write next",
     "sampled": "the same with sampled tokens, 16 answers to each of 80 prompts",
     "best order": "percent of pick (c = 2 to 5) right if it is told the order: is the skill kept?",
-    "best order, sampled": "the same with sampled tokens: ranking makes later tokens less sure",
+    "best order, sampled": "the same with sampled tokens: are late ones still sure enough?",
     "mul": "percent right where the factor is given: has it forgotten?",
     "add": "percent of sums right: the same",
     "pass@16": "percent of those 80 prompts with a right answer among the 16",

@@ -93,7 +93,7 @@ def tables(folder):
 
     return {
         "Front page": table_of_arms(ten, FRONT, {
-            "lost by factor": "wrong by factor", "by guess": "wrong by other",
+            "lost by factor": "wrong by factor", "by other": "wrong by other",
             "best order": "best order", "`mul`": "mul"}),
         "Arms": table_of_arms(ten, same(GROUPS["core"] + GROUPS["sweeps"]), COLUMNS, "seeds"),
         "Claims": by_claim(lab.judge(ten, claims)),
