@@ -219,8 +219,7 @@ def pick_tokens(logits, temperature, generator):
 # == 4. The ranking loss (Eq. 7-8) =================================================================
 # In a right answer, position r was written before s.  The model will repeat this if it prefers r at
 # each cut that hides both.  It prefers low entropy h.  So Eq. 8 asks for h(r) < h(s), by a margin.
-# The name: let P(state) = exp(-beta E) / Z, where E sums the entropies at which its tokens were
-# written.  Then the next state with the lower h is the likelier one, for any beta > 0 (Lemma 1).
+# (Boltzmann: if P(state) = exp(-beta E) / Z, E the sum of such h, r next is likelier: Lemma 1.)
 # Low entropy made the order.  Is this circular?  No.  Tokens are sampled, so orders differ, and we
 # keep those of right answers.  And at a cut, only the next token is the surest by construction.
 # The others became the surest later, when more was visible: the model must foresee that.
@@ -265,8 +264,7 @@ def tabom_loss(model, trajectories, *, mask_id, generator=None, window_size, mar
     return loss, {"nll": nll.detach(), "rank_loss": rank_loss.detach(),
                   "pair_accuracy": pair_accuracy}
 
-# == 6. Training as usual (Eq. 1) ==================================================================
-# Pretraining: cut a random order, learn all hidden tokens.
+# == 6. Training as usual (Eq. 1): cut a random order, learn all hidden tokens =====================
 
 def nelbo_loss(model, trajectories, *, mask_id, generator=None):
     """Eq. 1, a bound on -log p(response) per token: the mean of -log p over a row's 1 to n hidden
@@ -665,7 +663,9 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     rollouts, right = answer(base, queries, temperature=settings.temperature,
                              generator=random_stream(seed, "collect", device))
     kept = rollouts[right] if settings.keep == "right" else rollouts
-    say(f"    kept {len(kept)} of {len(rollouts)}, each with its order: the data to train on")
+    step = rollouts.decode_rank[toy.columns_of(queries) == toy.PRODUCT[0]].float()
+    say(f"    kept {len(kept)} of {len(rollouts)}, each with its order. Tokens written before the\n"
+        f"    product: right answers {step[right].mean():.1f}, others {step[~right].mean():.1f}.")
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
     say("\nPart 4: fine-tune copies of the base. rank_loss: Eq. 8. pair_accuracy: pairs in\n"
