@@ -219,7 +219,8 @@ def pick_tokens(logits, temperature, generator):
 # == 4. The ranking loss (Eq. 7-8) =================================================================
 # In a right answer, position r was written before s.  The model will repeat this if it prefers r at
 # each cut that hides both.  It prefers low entropy h.  So Eq. 8 asks for h(r) < h(s), by a margin.
-# (Boltzmann: if P(state) = exp(-beta E) / Z, E the sum of such h, r next is likelier: Lemma 1.)
+# Why "Boltzmann": let P(state) = exp(-beta E) / Z, where E sums the entropies at which its tokens
+# were written.  Of two next states, that with the lower h is likelier, for any beta > 0 (Lemma 1).
 # Low entropy made the order.  Is this circular?  No.  Tokens are sampled, so orders differ, and we
 # keep those of right answers.  And at a cut, only the next token is the surest by construction.
 # The others became the surest later, when more was visible: the model must foresee that.
@@ -640,7 +641,6 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     tests = {"pick": toy.first_of_each(parts["pick"], math.ceil(0.4 * count)).to(device),
              "mul": parts["mul"][:count].to(device), "add": parts["add"][:count].to(device)}
     run = {"seed": seed, "settings": vars(settings), "made by": made_by, "arms": {}}
-
     say(f"\nPart 1, seed {seed}: pretrain. nll: cross-entropy, first -> last quarter of updates.")
     base = pretrain(corpus.to(device), odds, settings.pretrain_updates, seed)
     store(folder, f"seed-{seed}-base.pt", base.state_dict())

@@ -30,6 +30,7 @@ WRONG = {"a digit of the factor": "wrong by factor", "another digit": "wrong by 
 SHORT = ("own order", "best order", "best order, sampled", "mul")
 FRONT = {"the base": "No-SFT",
          "SFT-GT: SFT on given solutions, tens before units": "SFT-GT",
+         "SFT-GT in the base's format": "SFT-GT:style=own",
          "SFT-SD: SFT on its own right answers": "SFT-SD",
          "T3D on its own right answers": "T3D",
          "trajectory masking on its own right answers": "masking",
