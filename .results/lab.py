@@ -2,7 +2,7 @@
 """The lab of TABOM: every figure of README.md beside this file, and how to make it again.
 
     python .results/lab.py --arms core --seeds 10 11 .. 19      20 minutes a seed, one thread
-    python .results/lab.py --arms rates --seeds 10 11 .. 14     20 minutes more a seed
+    python .results/lab.py --arms rates --seeds 10 11 .. 14     25 minutes more a seed
     python .results/lab.py --arms sweeps --seeds 10 11 12       5 minutes more a seed
     python .results/lab.py --arms tune --seeds 100 101 102 103 --set split=validation \\
                            --folder .results/tuning             12 minutes a seed
@@ -149,7 +149,7 @@ TUNED = 1e-6                                     # of SFT-GT, chosen on seeds 10
 def at(name, rate):
     return name if rate == 2e-5 else f"{name}{',' if ':' in name else ':'}learning_rate={rate:g}"
 
-CURVES = ("SFT-GT", "SFT-GT:style=own", "SFT-SD", "masking", "TABOM", "TABOM:margin=0.2")
+CURVES = ("SFT-GT", "SFT-GT:style=own", "SFT-SD", "masking", "T3D", "TABOM", "TABOM:margin=0.2")
 GROUPS = {
     "core": ["No-SFT", "SFT-GT", at("SFT-GT", TUNED), "SFT-GT:style=own", "SFT-GT-old",
              at("SFT-GT-old", TUNED), "SFT-GT-replay", at("SFT-GT-replay", TUNED), "SFT-SD",

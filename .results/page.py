@@ -114,15 +114,19 @@ def tables(folder):
 # == The rates =====================================================================================
 
 def curve(found, arm, figure):
-    """[(rate, mean, low, high)] of an arm at each rate at which it has run on two seeds or more."""
-    runs = [(rate, over_seeds(found, {at(arm, rate): 1}, figure)) for rate in RATES]
-    return [(rate, *interval(values)) for rate, values in runs if len(values) > 1]
+    """[(rate, mean, low, high)] of an arm at each rate at which it has run on two seeds or more.
+    The interval is that of the difference from the base, paired over seeds."""
+    base = statistics.mean(over_seeds(found, {"No-SFT": 1}, figure))
+    runs = [(rate, over_seeds(found, {at(arm, rate): 1, "No-SFT": -1}, figure)) for rate in RATES]
+    return [(rate, *(base + x for x in interval(values))) for rate, values in runs
+            if len(values) > 1]
 
 LABELS = dict(zip(CURVES, (
     "SFT-GT: given solutions, another format", "SFT-GT: given solutions, the base's format",
     "SFT-SD: own answers, random tokens hidden", "masking: own answers, later tokens hidden",
+    "T3D: own answers, a published loss",
     "TABOM: masking and ranking, margin 1 nat", "TABOM, the paper's margin of 0.2 nats")))
-COLORS = dict(zip(CURVES, ("C3", "C1", "C2", "C9", "C0", "C4")))
+COLORS = dict(zip(CURVES, ("C3", "C1", "C2", "C9", "C5", "C0", "C4")))
 
 def new_picture(columns):
     import matplotlib
@@ -149,7 +153,7 @@ def draw_rates(folder):
                       linewidth=0.7, label="the base")
         panel.axvline(2e-5, color="grey", linestyle=":", label="the paper's learning rate")
         panel.set(xscale="log", title=title, xlabel="learning rate")
-    panels[0].set_ylabel("percent right: mean, 95 % interval (seeds 10 to 14)")
+    panels[0].set_ylabel("percent right: mean, 95 % interval of the gain")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(folder / "rates.svg", metadata={"Date": None})
 

@@ -216,6 +216,7 @@ def test_every_figure_of_the_front_page_was_measured(ten):
         f"(`mul` at 1e-4: {rated('SFT-GT', 1e-4, 'mul')} %).",
         f"margin TABOM gets {rated(smaller, 2e-4)} % at 2e-4;",
         f"it falls (1e-4, 1 nat: {rated('TABOM', 1e-4, kept)} %).",
+        f"T3D: at most {max(rated('T3D', rate) for rate in lab.RATES)} %.",
         f"the base gets {demo['No-SFT']} % right, SFT-SD {demo['SFT-SD']},",
         f"masking {demo['masking']}, TABOM {demo['TABOM']}.",
         f"is surer in only {mean('base', 'pairs in order, later, 1 apart')} % (",
@@ -247,8 +248,9 @@ def test_every_figure_of_the_evidence_was_measured(ten):
         f"{mean('head start 1.0', 'own order')} %.",
         f"{rated(smaller, 2e-4)} % in the own order and {rated(smaller, 2e-4, kept)} % in the best "
         f"order, sampled, against {rated('TABOM', 2e-5)} and {rated('TABOM', 2e-5, kept)} %.",
-        f"masking gets {rated('masking', 2e-4)} %, SFT-SD {rated('SFT-SD', 2e-4)} %, TABOM with 1 "
-        f"nat {rated('TABOM', 2e-4)} %.", f"At 3e-6 it gets {rated('SFT-GT', 3e-6)} % in its own",
+        f"masking gets {rated('masking', 2e-4)} %, SFT-SD {rated('SFT-SD', 2e-4)} %, T3D "
+        f"{rated('T3D', 2e-4)} (at 5e-4: {rated('T3D', 5e-4)} %), TABOM {rated('TABOM', 2e-4)} %.",
+        f"At 3e-6 it gets {rated('SFT-GT', 3e-6)} % in its own",
         f"({rated('SFT-GT', 3e-6, 'mul')} and {rated('SFT-GT', 3e-6, 'best order')} %)",
         *(f"{start} {rated('SFT-GT', 3e-6, figure)} % {end}(TABOM {rated('TABOM', 2e-5, figure)}, "
           f"the base {rated('No-SFT', 2e-5, figure)})" for start, figure, end in (
