@@ -209,8 +209,9 @@ def test_every_figure_of_the_front_page_was_measured(ten):
         f"first digits of tens ({min(film[:12])})",
         f"digit of the factor ({surest}; base: {film[film.index(surest) - 12]}),",
         f"ranks of another prompt's answer it gains {more('alike')}.",
-        f"paper's gives {more(smaller, 'masking')} over masking, "
-        f"{more(smaller, 'T3D').split()[0]} over T3D.",
+        f"paper's gives {more(smaller, 'masking')} over masking "
+        f"and is {more('T3D', smaller).split()[0][1:]} below T3D.",
+        f"(unchecked: {more('unchecked').split()[0]}, not {more('TABOM').split()[0]}).",
         f"({rated('SFT-GT', 3e-6)} and {rated('TABOM', 2e-5)} %, seeds 10 to 14),",
         f"but gets {rated('SFT-GT', 3e-6, kept)} % if sampled in the best order.",
         f"(`mul` at 1e-4: {rated('SFT-GT', 1e-4, 'mul')} %).",
