@@ -669,7 +669,7 @@ def run_seed(seed, arms, settings, device, made_by, folder):
     require(len(kept) >= 16, "too few to train on: raise pretrain_updates or queries.")
 
     say("\nPart 4: fine-tune copies of the base. rank_loss: Eq. 8. pair_accuracy: pairs in\n"
-        "    recorded order. Cross-entropy alone (masking) wears it down; ranking resists.\n\n"
+        "    recorded order, high at first. Does ranking hold it up? Compare masking, TABOM.\n\n"
         "    SFT-GT    hides random tokens of solutions in another format (style=own: the base's)\n"
         "    SFT-SD    hides random tokens of the kept answers\n"
         "    masking   hides what was written after a random moment, and learns the next tokens\n"

@@ -183,10 +183,6 @@ def without(text, said):
 def at_rate(ten, arm, rate, figure="own order"):
     return page.mean_of(page.among(ten, page.FIVE), lab.at(arm, rate), figure)
 
-def turn_of_factor(ten, arm):
-    """How many steps later than the base an arm writes the first digit of the factor."""
-    return lab.interval(lab.over_seeds(ten, {arm: 1, "No-SFT": -1}, "turn of the factor"))[0]
-
 def test_every_figure_of_the_front_page_was_measured(ten):
     mean, more, kept = partial(page.mean_of, ten), partial(page.change, ten), "best order, sampled"
     rated, whole = partial(at_rate, ten), partial(page.mean_of, ten, digits=0)
@@ -210,7 +206,7 @@ def test_every_figure_of_the_front_page_was_measured(ten):
         f"digit of the factor ({surest}; base: {film[film.index(surest) - 12]}),",
         f"ranks of another prompt's answer it gains {more('alike')}.",
         f"paper's gives {more(smaller, 'masking')} over masking "
-        f"and is {more('T3D', smaller).split()[0][1:]} below T3D.",
+        f"and is {more('T3D', smaller).split()[0].removeprefix('+')} below T3D.",
         f"(unchecked: {more('unchecked').split()[0]}, not {more('TABOM').split()[0]}).",
         f"({rated('SFT-GT', 3e-6)} and {rated('TABOM', 2e-5)} %, seeds 10 to 14),",
         f"but gets {rated('SFT-GT', 3e-6, kept)} % if sampled in the best order.",
@@ -230,7 +226,7 @@ def test_every_figure_of_the_evidence_was_measured(ten):
     mean, more, kept = partial(page.mean_of, ten), partial(page.change, ten), "best order, sampled"
     five, four, three = (page.among(ten, page.FIVE[:n]) for n in (5, 4, 3))
     tuned, smaller, rated = lab.at("SFT-GT", lab.TUNED), "TABOM:margin=0.2", partial(at_rate, ten)
-    turn = {arm: turn_of_factor(ten, arm) for arm in ("TABOM", "masking")}
+    turn = {arm: more(arm, figure="turn of the factor").split()[0] for arm in ("TABOM", "masking")}
     gpu = lab.load(lab.HERE / "gpu")
     rest = without(PAGE, [
         *(more(arm) for arm in ("TABOM", "alike", "swapped", "shuffled", "reversed", "unchecked",
@@ -258,8 +254,8 @@ def test_every_figure_of_the_evidence_was_measured(ten):
               ("only", kept, "are right "), ("in the own order,", "sampled", ""))),
         f"gets {rated('SFT-GT-old', 5e-6)} % at 5e-6;",
         f"`mul` falls to {rated('SFT-GT', 2e-4, 'mul')} % at 2e-4.",
-        f"comes {-turn['TABOM']:.1f} steps earlier than with the base, with masking "
-        f"{turn['masking']:.1f} later (ten seeds).",
+        f"comes {turn['TABOM'].removeprefix('-')} steps earlier than with the base, with masking "
+        f"{turn['masking'].removeprefix('+')} later (ten seeds).",
         *(f"{word}, {mean('base', f'pairs in order, later, {x} apart')} %" for x, word in (
             (1, "one write apart"), (4, "four apart"), (8, "eight"))),
         *(f"{more(arm, figure='wrong by factor')}{between} {more(arm, figure='wrong by other')}"
